@@ -1,0 +1,174 @@
+"""A request: a token list plus one integer, `computed`.
+
+There is no prefill phase and no decode phase. Every step advances `computed` towards `len(tokens)`; prefill, chunked
+prefill, prefix hit, decode, preemption and fork are all that one sentence.
+
+    tokens    |----------- prompt -----------|---- output ----|?        ? = sampled by a step still in flight
+    computed  |=============================>                           KV written and committed
+    planned   |===================================>                     computed + what steps in flight will write
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+__all__ = ["TRANSITIONS", "IllegalTransitionError", "Request", "State", "StopRule"]
+
+
+class State(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    """In the queue (or held back behind a sibling that computes the same prefix)."""
+    RUNNING = "running"
+    """Owns a row and blocks; may be in a step."""
+    PREEMPTED = "preempted"
+    """Lost row and blocks to others; in the queue again, keeps its tokens."""
+    FINISHED = "finished"
+    """Has its final event; owns nothing."""
+
+
+TRANSITIONS: Final[dict[State, frozenset[State]]] = {
+    State.WAITING: frozenset({State.RUNNING, State.FINISHED}),
+    State.RUNNING: frozenset({State.PREEMPTED, State.FINISHED}),
+    State.PREEMPTED: frozenset({State.RUNNING, State.FINISHED}),
+    State.FINISHED: frozenset(),
+}
+"""Every legal move; anything else raises."""
+
+
+class IllegalTransitionError(AssertionError):
+    """A move that `TRANSITIONS` does not list: a bug of ours, never of a user."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """When a request ends by itself.
+
+    Attributes:
+        max_tokens: most output tokens, at least 1.
+        stop_token_ids: an output token in this set ends the request, with reason `stop`.
+    """
+
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+class Request:
+    """One sample of one prompt. Written by the scheduler and the KV cache only.
+
+    Attributes:
+        id: unique among live requests.
+        tokens: prompt, then output; only ever grows.
+        num_prompt: length of the prompt.
+        priority: lower is served first.
+        arrival: position in the order of submission; breaks ties.
+        credit: absolute number of output tokens the client accepts; None = no limit.
+        root: what isolates its prefix cache (fingerprint and salt); None = it neither reads nor publishes.
+        leader: the sibling whose prompt blocks this sample forks; None once it has forked or must go alone.
+        computed: tokens whose KV is written and committed. Owner: scheduler.
+        planned: `computed` plus what steps in flight write. Owner: scheduler.
+        pending: output tokens that steps in flight will sample, at most one per step. Owner: scheduler.
+        row: fixed place in the runner's tables while running, else -1.
+        last_step: id of the last step that holds a row of it; its blocks are fenced until that step has ended.
+        blocks: block table, ids in token order. Owner: KV cache.
+        keys: (digest, packed tokens) of every full block hashed so far. Owner: KV cache.
+        published: number of leading blocks that were offered to the index. Owner: KV cache.
+        parent: serial (or root) that the next published block hangs on; None once the chain is broken.
+        cached: prompt tokens that came from the cache at the first admission; -1 before.
+        limit: `len(tokens)` at which the request ends by length.
+        num_preemptions: how often it lost its blocks.
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "cached",
+        "computed",
+        "credit",
+        "id",
+        "keys",
+        "last_step",
+        "leader",
+        "limit",
+        "num_preemptions",
+        "num_prompt",
+        "parent",
+        "pending",
+        "planned",
+        "priority",
+        "published",
+        "root",
+        "row",
+        "state",
+        "stop",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: list[int],
+        stop: StopRule,
+        *,
+        arrival: int,
+        priority: int = 0,
+        credit: int | None = None,
+        root: bytes | None = None,
+        leader: Request | None = None,
+    ) -> None:
+        self.id = request_id
+        self.tokens = list(prompt)
+        self.num_prompt = len(prompt)
+        self.stop = stop
+        self.limit = len(prompt) + stop.max_tokens
+        self.priority = priority
+        self.arrival = arrival
+        self.credit = credit
+        self.root = root
+        self.leader = leader
+        self.state = State.WAITING
+        self.computed = 0
+        self.planned = 0
+        self.pending = 0
+        self.row = -1
+        self.last_step = -1
+        self.blocks: list[int] = []
+        self.keys: list[tuple[bytes, bytes]] = []
+        self.published = 0
+        self.parent: int | bytes | None = root
+        self.cached = -1
+        self.num_preemptions = 0
+
+    def move(self, state: State) -> None:
+        """Go to `state`.
+
+        Raises:
+            IllegalTransitionError: the table does not allow it.
+        """
+        if state not in TRANSITIONS[self.state]:
+            raise IllegalTransitionError(f"request {self.id}: {self.state.value} -> {state.value}")
+        self.state = state
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far, those in flight not counted."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def parked(self) -> bool:
+        """True if the client accepts no further token now: the request is skipped and preempted first."""
+        return self.credit is not None and self.num_output + self.pending >= self.credit
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of service: priority, then arrival. Unique."""
+        return (self.priority, self.arrival)
+
+    def __repr__(self) -> str:
+        return (
+            f"Request({self.id} {self.state.value} tokens={len(self.tokens)} computed={self.computed} "
+            f"planned={self.planned} blocks={len(self.blocks)})"
+        )

@@ -1,0 +1,77 @@
+"""The values that cross between the pure core and whoever runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+__all__ = ["PENDING", "Event", "Sampled", "Step"]
+
+PENDING: Final = -1
+"""An input token that is not known yet: "what this row's last step sampled".
+
+It lets a step be planned while its predecessor runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass: which rows, which token ranges, which blocks, which copies. Carries only what changed.
+
+    A *row* is a running request's fixed place in the runner's tables. A runner must, in this order:
+
+    1. fill the blocks in `clears` with zeros,
+    2. carry out `copies`: all sources are read before any destination is written,
+    3. take over `admitted` (row, request id) and `tables` (row, first index, block ids) into its tables,
+    4. compute, for each entry i, `counts[i]` tokens of row `rows[i]` from position `starts[i]` on,
+    5. sample one token from the last of them where `samples[i]`.
+
+    Attributes:
+        id: steps are numbered from 0; they are run and committed in this order.
+        at: the `now` that `plan` was given, in seconds.
+        tokens: input tokens of all entries one after the other; `PENDING` = what that row sampled last.
+    """
+
+    id: int
+    at: float
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    admitted: list[tuple[int, str]] = field(default_factory=list)
+    tables: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    clears: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this step computes."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a runner returns for a step.
+
+    Attributes:
+        tokens: per entry of the step the sampled ids (empty where nothing was sampled; several once a step can speculate).
+        failed: entries whose logits hold NaN or Inf.
+        logprobs: per entry whatever the caller wants handed through, only for entries that have some.
+    """
+
+    tokens: Sequence[tuple[int, ...]]
+    failed: frozenset[int] = frozenset()
+    logprobs: Mapping[int, Any] = field(default_factory=dict)
+
+
+class Event(NamedTuple):
+    """What happened to one request. The event with a `finish_reason` is its last, and there is exactly one."""
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    state: Literal["prefill", "decode", "preempted"] | None = None
+    logprobs: Any = None
+    cached: int | None = None
+    finish_reason: str | None = None
+    error: tuple[str, str] | None = None

@@ -1,0 +1,130 @@
+"""From a configuration to a running engine: load the model, choose the backend, size and allocate the pool, start the task."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from streamkv.attention import KVSpec
+from streamkv.backend_registry import check_spec, load_backend
+from streamkv.core.kv_cache import KVCache
+from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.engine.api import EngineInfo
+from streamkv.engine.config import EngineConfig
+from streamkv.engine.engine import InProcessEngine
+from streamkv.engine.thread import RunnerThread
+from streamkv.errors import ConfigError
+from streamkv.runner.loader import LoadedModel, load_model
+from streamkv.runner.memory import num_blocks_for
+from streamkv.runner.model_runner import ModelRunner
+
+__all__ = ["build_engine"]
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    model: LoadedModel
+    runner: ModelRunner
+    num_blocks: int
+    max_model_len: int
+    backend: str
+
+
+@asynccontextmanager
+async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = time.monotonic) -> AsyncIterator[InProcessEngine]:
+    """A started engine; closed when the block is left.
+
+    Raises:
+        ConfigError: a setting, the model folder or the backend is at fault; one sentence says which.
+    """
+    thread = RunnerThread()
+    started = time.monotonic()
+    try:
+        parts = await thread.submit(_load, config)
+    except BaseException:
+        thread.close()
+        raise
+    cache = KVCache(
+        parts.num_blocks,
+        config.block_size,
+        fingerprint=parts.model.fingerprint,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=parts.max_model_len,
+            max_queued_requests=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+            policy=config.scheduling_policy,
+        ),
+        cache,
+    )
+    info = EngineInfo(
+        model=config.model_name,
+        max_model_len=parts.max_model_len,
+        vocab_size=parts.model.vocab_size,
+        eos_token_ids=parts.model.eos_token_ids,
+        block_size=config.block_size,
+        num_blocks=parts.num_blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        backend=parts.backend,
+        dtype=str(parts.model.dtype).removeprefix("torch."),
+        epoch=secrets.token_hex(8),
+    )
+    engine = InProcessEngine(
+        scheduler, parts.runner, thread, info, look_ahead=config.look_ahead, clock=clock, check=config.poison
+    )
+    engine.start()
+    log.info("engine_ready", seconds=round(time.monotonic() - started, 2), num_blocks=info.num_blocks, dtype=info.dtype)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def _load(config: EngineConfig) -> _Parts:
+    """Everything that touches torch; runs in the runner's thread."""
+    backend, reason = load_backend(config.backend, config.device)
+    log.info("backend_chosen", backend=backend.name, reason=reason)
+    device = backend.limits.device if config.device == "auto" else config.device
+    if torch.device(device).type != backend.limits.device:
+        raise ConfigError(
+            f"backend {backend.name!r} runs on {backend.limits.device}, not on {device}; leave device at auto",
+            param="device",
+        )
+    model = load_model(
+        config.model_path, device=device, dtype=config.dtype, load_format=config.load_format, seed=config.seed
+    )
+    max_model_len = config.max_model_len or model.max_model_len
+    if max_model_len > model.max_model_len:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is more than the model's {model.max_model_len}", param="max_model_len"
+        )
+    check_spec(backend, KVSpec(1, config.block_size, model.dtype, model.layers))
+    num_blocks = num_blocks_for(
+        model,
+        backend,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        kv_cache_memory=config.kv_cache_memory,
+        memory_fraction=config.memory_fraction,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    pool = backend.allocate_kv(KVSpec(num_blocks, config.block_size, model.dtype, model.layers))
+    runner = ModelRunner(
+        model, backend, pool, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, poison=config.poison
+    )
+    return _Parts(model, runner, num_blocks, max_model_len, backend.name)

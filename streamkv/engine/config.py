@@ -1,0 +1,108 @@
+"""What an engine is built from. Frozen, made once at the edge; every derived number is made in `streamkv.engine.build`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from streamkv.errors import ConfigError
+
+__all__ = ["EngineConfig", "parse_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Settings of one engine; the names are those of the command line.
+
+    Attributes:
+        model: folder in Hugging Face's layout; None = the model in the box.
+        served_model_name: what clients call it; None = the folder's name.
+        backend: `auto`, `torch`, `cuda`, the name of an entry point, or `package.module:Class`.
+        device: torch device; `auto` = what the backend wants.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        load_format: `safetensors`, or `dummy` for random weights.
+        block_size: tokens per KV block.
+        num_blocks: size of the pool; None = from `kv_cache_memory`.
+        kv_cache_memory: bytes for the pool; None = from `memory_fraction`.
+        memory_fraction: share of the memory that is free after a worst-case step.
+        max_model_len: most tokens of a request; None = what the model was made for.
+        max_num_seqs: most requests in a step.
+        max_num_batched_tokens: token budget of a step.
+        max_queued_requests, max_queued_tokens: bounds of the waiting queue.
+        enable_prefix_caching: share blocks between requests with equal prefixes.
+        scheduling_policy: `fcfs`, or `priority` (lower first).
+        seed: of `dummy` weights.
+        look_ahead: plan the next step while one runs.
+        poison: debug: fill new blocks with NaN.
+    """
+
+    model: str | None = None
+    served_model_name: str | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: str = "auto"
+    load_format: Literal["safetensors", "dummy"] = "safetensors"
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory: int | None = None
+    memory_fraction: float = 0.5
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_queued_requests: int = 4096
+    max_queued_tokens: int = 4_000_000
+    enable_prefix_caching: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    seed: int = 0
+    look_ahead: bool = True
+    poison: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_queued_requests", "max_queued_tokens"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("num_blocks", "kv_cache_memory", "max_model_len"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        if self.num_blocks is not None and self.kv_cache_memory is not None:
+            raise ConfigError("give num_blocks or kv_cache_memory, not both", param="num_blocks")
+        if not 0.0 < self.memory_fraction <= 0.95:
+            raise ConfigError("memory_fraction must be more than 0 and at most 0.95", param="memory_fraction")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError("max_num_batched_tokens must be at least max_num_seqs", param="max_num_batched_tokens")
+
+    @property
+    def model_path(self) -> Path:
+        """Folder to load."""
+        if self.model is not None:
+            return Path(self.model)
+        from streamkv.demo import model_path  # noqa: PLC0415  # only who asks for the model in the box needs it
+
+        return model_path()
+
+    @property
+    def model_name(self) -> str:
+        """What clients may write into `model`."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return "streamkv-demo" if self.model is None else Path(self.model).name
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1", param=name)
+
+
+def parse_bytes(text: str) -> int:
+    """`512MiB`, `2GiB`, `1.5GB`, `1000000` as a number of bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{text!r} is no size; write for example 512MiB or 2GiB")
+    unit = (match[2] or "").upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(unit[:1] or " "))

@@ -1,0 +1,320 @@
+"""The engine: one task that plans, runs and commits. It owns scheduler, cache and runner; everybody else sends it wishes.
+
+    loop:  plan step n+1  ->  hand it to the runner thread  ->  wait for step n  ->  commit n  ->  one batch of outputs
+
+While the runner computes, the event loop is free to send; while step n runs, step n + 1 is already planned and queued behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Final, Protocol
+
+import structlog
+
+from streamkv.core.request import StopRule
+from streamkv.core.scheduler import Scheduler
+from streamkv.core.step import Event, Sampled, Step
+from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, RequestOutput, StepBatch
+from streamkv.engine.thread import RunnerThread
+from streamkv.errors import DrainingError, InvalidRequestError
+from streamkv.runner.params import RowParams
+
+__all__ = ["InProcessEngine", "Runner"]
+
+_MAX_BATCHES: Final = 1024
+"""Step batches that wait for the consumer; a consumer that is further behind than this slows the engine down."""
+
+_INTERNAL: Final = ("internal", "the engine failed while computing this request; other requests are not affected")
+
+log = structlog.get_logger(__name__)
+
+
+class Runner(Protocol):
+    """What carries out steps; `streamkv.runner.model_runner.ModelRunner` in life, a fake in tests. Called in one thread."""
+
+    def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
+        """Carry out one step; after an exception every later step raises until `resume`."""
+
+    def resume(self) -> None:
+        """Compute again."""
+
+
+class InProcessEngine:
+    """`EngineClient` over a scheduler and a runner in this process. Create it with `streamkv.engine.build.build_engine`."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        thread: RunnerThread,
+        info: EngineInfo,
+        *,
+        look_ahead: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        check: bool = False,
+    ) -> None:
+        """Take over all four; nothing runs before `start`.
+
+        Args:
+            check: debug: prove the scheduler's invariants after every commit.
+        """
+        self._scheduler = scheduler
+        self._runner = runner
+        self._thread = thread
+        self._info = info
+        self._depth = 2 if look_ahead else 1
+        self._clock = clock
+        self._check = check
+        self._params: dict[str, RowParams] = {}
+        self._flight: deque[tuple[Step, asyncio.Future[Sampled]]] = deque()
+        self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue(_MAX_BATCHES)
+        self._ended: list[Event] = []  # last events of cancelled requests, sent with the next batch
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._steps = 0
+        self._last_step_at = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    # -- EngineClient ---------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine's task on the running loop."""
+        self._task = asyncio.create_task(self._run(), name="streamkv-engine")
+
+    def describe(self) -> EngineInfo:
+        """Constant facts about model and engine."""
+        return self._info
+
+    async def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises what `EngineClient.submit` says."""
+        if self._draining:
+            raise DrainingError("the server is shutting down; send the request to another one")
+        if max(request.prompt, default=0) >= self._info.vocab_size or min(request.prompt, default=0) < 0:
+            raise InvalidRequestError(
+                f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt"
+            )
+        sampling = request.sampling
+        self._scheduler.submit(
+            request.ids,
+            request.prompt,
+            StopRule(sampling.max_tokens, frozenset(sampling.stop_token_ids)),
+            priority=request.priority,
+            salt=request.salt,
+            use_cache=request.use_cache,
+            credit=request.credit,
+        )
+        for branch, request_id in enumerate(request.ids):
+            self._params[request_id] = RowParams(sampling, branch)
+        self._idle.clear()
+        self._wake.set()
+
+    async def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
+        """End a request in whatever state it is; unknown and finished ids are ignored."""
+        event = self._scheduler.cancel(request_id, reason)
+        if event is not None:
+            self._ended.append(event)
+            self._wake.set()
+
+    async def credit(self, request_id: str, limit: int) -> None:
+        """Raise the absolute number of output tokens the client accepts."""
+        self._scheduler.credit(request_id, limit)
+        self._wake.set()
+
+    async def steps(self) -> AsyncIterator[StepBatch]:
+        """What steps produce, until the engine is closed."""
+        while (batch := await self._batches.get()) is not None:
+            yield batch
+
+    async def stats(self) -> EngineStats:
+        """One consistent look at queue, blocks and counters."""
+        stats, pool = self._scheduler.stats(), self._scheduler.cache.pool
+        return EngineStats(
+            waiting=stats.waiting,
+            running=stats.running,
+            blocks_free=pool.num_free,
+            blocks_cached=pool.num_cached,
+            blocks_used=pool.num_used,
+            steps=self._steps,
+            prompt_tokens=stats.prompt_tokens,
+            cached_tokens=stats.cached_tokens,
+            output_tokens=stats.output_tokens,
+            preemptions=stats.preemptions,
+            last_step_at=self._last_step_at,
+        )
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests, wait for the rest, cancel what is left after `timeout` seconds."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        left = self._scheduler.live_ids()
+        for request_id in left:
+            await self.cancel(request_id)
+        return not left
+
+    async def close(self) -> None:
+        """Stop; every unfinished request gets its last output first. Idempotent."""
+        if self._task is None:
+            self._thread.close()
+            return
+        task, self._task = self._task, None
+        self._draining = True
+        for request_id in self._scheduler.live_ids():
+            await self.cancel(request_id)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.close)
+
+    # -- the task -------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._turn()
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            # A bug of ours: nothing can be trusted now. Every stream learns of it; the process stays to say so.
+            log.exception("engine_failed")
+            self._draining = True
+            for request_id in self._scheduler.live_ids():
+                self._ended.append(Event(request_id, finish_reason="error", error=("engine_lost", "the engine failed")))
+        finally:
+            for _, future in self._flight:
+                future.cancel()
+            self._send_now()
+            self._idle.set()
+
+    async def _turn(self) -> None:
+        """One round: plan and start at most one step, then finish at most one."""
+        step = self._scheduler.plan(self._clock()) if len(self._flight) < self._depth else None
+        if step is not None:
+            self._start(step)
+        if self._flight and (step is None or len(self._flight) == self._depth):
+            await self._finish_oldest()
+        elif step is None:
+            await self._rest()
+
+    def _start(self, step: Step) -> None:
+        params = {row: self._params[request_id] for row, request_id in step.admitted}
+        self._flight.append((step, self._thread.submit(self._runner.run, step, params)))
+
+    async def _finish_oldest(self) -> None:
+        step, future = self._flight[0]
+        try:
+            sampled = await future
+        except Exception:
+            log.exception("step_failed", step=step.id, requests=len(step.rows), tokens=step.num_tokens)
+            await self._recover()
+            return
+        self._flight.popleft()
+        await self._commit(step, sampled)
+
+    async def _commit(self, step: Step, sampled: Sampled) -> None:
+        events = self._scheduler.commit(step, sampled)
+        self._steps += 1
+        self._last_step_at = self._clock()
+        if self._check:
+            self._scheduler.check()
+        await self._send(events)
+
+    async def _rest(self) -> None:
+        """Nothing to compute: deliver what is left, then sleep until somebody wants something."""
+        await self._send(self._scheduler.take_events())
+        if not self._scheduler.has_requests:
+            self._idle.set()
+        if not self._ended:
+            await self._wake.wait()
+        self._wake.clear()
+
+    # -- a step that failed ---------------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        """A step raised: find the request that breaks it and end only that one.
+
+        Everything in flight is forgotten and planned again in halves, one after the other without look-ahead: first all
+        suspects once more (a passing fault), then ever smaller groups. A group of one that fails is the offender.
+        """
+        for _, future in self._flight:
+            with contextlib.suppress(Exception):
+                await future  # successors come back skipped
+        self._flight.clear()
+        groups = [self._scheduler.abandon()]
+        retried = False
+        while groups:
+            group = groups.pop()
+            if await self._try(frozenset(group)):
+                continue
+            if not retried:
+                retried = True
+                groups.append(group)
+            elif len(group) > 1:
+                middle = len(group) // 2
+                groups += [group[middle:], group[:middle]]
+            else:
+                event = self._scheduler.cancel(group[0], "error", _INTERNAL)
+                if event is not None:
+                    log.error("request_failed", request=group[0])
+                    self._ended.append(event)
+                await self._send([])
+
+    async def _try(self, group: frozenset[str]) -> bool:
+        """Advance just these requests by one step; False if it raises."""
+        await self._thread.submit(self._runner.resume)
+        step = self._scheduler.plan(self._clock(), group)
+        if step is None:
+            return True
+        params = {row: self._params[request_id] for row, request_id in step.admitted}
+        try:
+            sampled = await self._thread.submit(self._runner.run, step, params)
+        except Exception as error:
+            log.warning("step_failed_again", step=step.id, requests=len(group), error=repr(error))
+            self._scheduler.abandon()
+            await self._thread.submit(self._runner.resume)
+            return False
+        await self._commit(step, sampled)
+        return True
+
+    # -- outputs --------------------------------------------------------------------------------------------------
+
+    async def _send(self, events: list[Event]) -> None:
+        batch = self._batch(events)
+        if batch is not None:
+            await self._batches.put(batch)
+
+    def _send_now(self) -> None:
+        """The last batch and the end mark; a queue that is full loses its oldest batch rather than the end."""
+        for item in (self._batch(self._scheduler.take_events()), None):
+            if item is None or item.outputs:
+                while self._batches.full():
+                    self._batches.get_nowait()
+                self._batches.put_nowait(item)
+
+    def _batch(self, events: list[Event]) -> StepBatch | None:
+        # A cancelled request's earlier events are purged by the scheduler; its last event comes after all others.
+        outputs = [RequestOutput(*_as_output(event)) for event in events]
+        if self._ended:
+            outputs += [RequestOutput(*_as_output(event)) for event in self._ended]
+            self._ended = []
+        if not outputs:
+            return None
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._params.pop(output.id, None)
+        if not self._scheduler.has_requests:
+            self._idle.set()
+        return StepBatch(outputs, self._clock())
+
+
+def _as_output(event: Event) -> tuple[object, ...]:
+    logprobs = None if event.logprobs is None else (event.logprobs,)
+    return (event.id, event.tokens, event.state, logprobs, event.cached, event.finish_reason, event.error)

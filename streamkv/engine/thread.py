@@ -1,0 +1,40 @@
+"""The runner's one thread: every torch call of an engine happens here, loading and warm-up included.
+
+One thread means one OpenMP team and one current CUDA stream, and it leaves the event loop free to send while a step computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, ParamSpec, TypeVar
+
+__all__ = ["SWITCH_INTERVAL_S", "RunnerThread"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SWITCH_INTERVAL_S: Final = 0.001
+"""How long the runner's Python code may hold the interpreter while the loop waits; see docs/benchmarks.md for the choice."""
+
+
+class RunnerThread:
+    """Runs functions one after the other in one thread of its own."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="streamkv-runner")
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Start `function` after everything submitted before; its result as a future of the running loop."""
+        return asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Wait for the function that runs, drop those that wait."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def use_short_switch_interval() -> None:
+    """Make the interpreter switch threads more often than its default of 5 ms. For processes that serve sockets."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -1,0 +1,103 @@
+"""Every error that StreamKV raises on purpose.
+
+One sentence for the user, naming the field and what to do; detail belongs in the log. The `code`s are the closed set of
+the wire protocol (docs/protocol.md), so that an error keeps its meaning from the scheduler to the socket.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "BackendError",
+    "ConfigError",
+    "ContextLengthError",
+    "DrainingError",
+    "EngineError",
+    "InvalidRequestError",
+    "KVCapacityError",
+    "ModelLoadError",
+    "ModelNotFoundError",
+    "NumericalError",
+    "OverloadedError",
+    "StreamKVError",
+]
+
+
+class StreamKVError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        code: name of the error in the wire protocol.
+        retryable: True if the same request may succeed later.
+        message: one sentence for the user.
+        param: the request field at fault (a path such as `body.top_p`), if one is.
+    """
+
+    code: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(StreamKVError, ValueError):
+    """A field of a request is out of its bounds or of the wrong type."""
+
+    code = "invalid_request"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt plus requested tokens do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class KVCapacityError(InvalidRequestError):
+    """The request needs more KV blocks than the whole pool has."""
+
+    code = "kv_oom"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that this server does not serve."""
+
+    code = "model_not_found"
+
+
+class OverloadedError(StreamKVError):
+    """The waiting queue is full; try again later."""
+
+    code = "overloaded"
+    retryable = True
+
+
+class DrainingError(StreamKVError):
+    """The server is shutting down and takes no new work."""
+
+    code = "draining"
+    retryable = True
+
+
+class NumericalError(StreamKVError):
+    """The model produced NaN or Inf for this request; only this request ends."""
+
+    code = "numerical_error"
+
+
+class EngineError(StreamKVError):
+    """The engine failed while computing this request."""
+
+
+class ConfigError(StreamKVError, ValueError):
+    """A start-up setting is wrong; the process does not start."""
+
+
+class ModelLoadError(ConfigError):
+    """The model folder cannot be served."""
+
+
+class BackendError(ConfigError):
+    """The asked attention backend cannot be used here."""

@@ -1,0 +1,111 @@
+"""How many KV blocks fit."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Final
+
+import structlog
+import torch
+
+from streamkv.attention import AttentionBackend, KVSpec, LayerSpec
+from streamkv.errors import ConfigError
+from streamkv.runner.loader import LoadedModel
+from streamkv.runner.model_runner import ModelRunner
+
+__all__ = ["free_memory", "measure_step", "num_blocks_for"]
+
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+log = structlog.get_logger(__name__)
+
+
+def num_blocks_for(
+    model: LoadedModel,
+    backend: AttentionBackend,
+    *,
+    block_size: int,
+    num_blocks: int | None,
+    kv_cache_memory: int | None,
+    memory_fraction: float,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+) -> int:
+    """The asked number of blocks, or what the asked bytes hold, or a fraction of what a worst-case step leaves free.
+
+    Raises:
+        ConfigError: the memory does not hold even one request of full length.
+    """
+    bytes_per_block = KVSpec(1, block_size, model.dtype, model.layers).bytes_per_block
+    longest = -(-max_model_len // block_size)
+    if num_blocks is not None:
+        return num_blocks
+    if kv_cache_memory is not None:
+        count = kv_cache_memory // bytes_per_block
+        if count < 1:
+            raise ConfigError(
+                f"kv_cache_memory of {kv_cache_memory} bytes holds no block of {bytes_per_block} bytes; give more",
+                param="kv_cache_memory",
+            )
+        return count
+    peak = measure_step(model, backend, block_size=block_size, num_tokens=min(max_num_batched_tokens, max_model_len))
+    free = free_memory(model.device)
+    count = int((free - peak) * memory_fraction) // bytes_per_block
+    # More than all rows at full length can only serve as prefix cache: twice that is plenty.
+    count = min(count, 2 * max_num_seqs * longest)
+    if count < longest:
+        raise ConfigError(
+            f"the free memory holds {max(count, 0)} KV blocks and one request of {max_model_len} tokens needs {longest}; "
+            "lower max_model_len or raise memory_fraction",
+            param="max_model_len",
+        )
+    log.info("kv_pool_sized", free_bytes=free, step_bytes=peak, num_blocks=count, bytes=count * bytes_per_block)
+    return count
+
+
+def measure_step(model: LoadedModel, backend: AttentionBackend, *, block_size: int, num_tokens: int) -> int:
+    """Bytes that the largest step needs beside weights and pool, measured by running it on a pool just large enough."""
+    layers: tuple[LayerSpec, ...] = model.layers
+    pool = backend.allocate_kv(KVSpec(-(-num_tokens // block_size), block_size, model.dtype, layers))
+    runner = ModelRunner(model, backend, pool, max_num_seqs=1, max_model_len=num_tokens)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+        before = torch.cuda.memory_allocated(model.device)
+        runner.warm_up(num_tokens)
+        return torch.cuda.max_memory_allocated(model.device) - before
+    before = _resident()
+    runner.warm_up(num_tokens)
+    # The peak of the process can lie before this step (loading); then it is an upper bound.
+    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now; on the CPU bounded by the control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = _meminfo("MemAvailable")
+    limit = _number(_CGROUP / "memory.max")
+    if limit is not None:
+        available = min(available, limit - (_number(_CGROUP / "memory.current") or 0))
+    return available
+
+
+def _meminfo(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("this system does not tell its free memory; give num_blocks or kv_cache_memory", param="num_blocks")
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

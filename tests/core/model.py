@@ -1,0 +1,215 @@
+"""A model of integers: slots hold what was written into them, and the next token is a function of everything before it.
+
+`SlotMemory` is KV memory with one number per slot. Computing a token *reads every slot before it through the block table* and
+asserts that it holds the right prefix, so that a wrong hit, a missing copy, an early reuse or a write to a shared block
+changes an output or fails at once.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from streamkv.core.kv_cache import KVCache
+from streamkv.core.request import StopRule
+from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.step import PENDING, Event, Sampled, Step
+
+VOCAB = 7
+
+
+def chain(previous: int, token: int) -> int:
+    """State of a prefix: depends on every token of it."""
+    return int.from_bytes(blake2b(b"%d,%d" % (previous, token), digest_size=8).digest(), "little")
+
+
+def next_token(state: int, branch: int) -> int:
+    """What the model says after a prefix."""
+    return chain(state, 1_000_003 + branch) % VOCAB
+
+
+def branch_of(request_id: str) -> int:
+    """Ids of parallel samples are written `name/branch`."""
+    return int(request_id.rpartition("/")[2]) if "/" in request_id else 0
+
+
+def reference(prompt: list[int], request_id: str, stop: StopRule) -> tuple[list[int], str]:
+    """Output tokens and finish reason, computed without any cache."""
+    state = 0
+    for token in prompt:
+        state = chain(state, token)
+    output: list[int] = []
+    while True:
+        token = next_token(state, branch_of(request_id))
+        output.append(token)
+        state = chain(state, token)
+        if token in stop.stop_token_ids:
+            return output, "stop"
+        if len(output) == stop.max_tokens:
+            return output, "length"
+
+
+class SlotMemory:
+    """Carries out steps as `Step` says a runner must."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_rows: int) -> None:
+        self.block_size = block_size
+        self.slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.tables: list[list[int]] = [[] for _ in range(num_rows)]
+        self.names = [""] * num_rows
+        self.last = [PENDING] * num_rows
+        self.computed_tokens = 0
+
+    def run(self, step: Step, *, fail: frozenset[str] = frozenset()) -> Sampled:
+        """One forward pass; rows of the requests in `fail` come out as NaN."""
+        self.update(step)
+        position = 0
+        sampled: list[tuple[int, ...]] = []
+        failed: set[int] = set()
+        for index, (row, start, count, samples) in enumerate(
+            zip(step.rows, step.starts, step.counts, step.samples, strict=True)
+        ):
+            tokens = [self.last[row] if t == PENDING else t for t in step.tokens[position : position + count]]
+            position += count
+            state = self._compute(row, start, tokens)
+            token = next_token(state, branch_of(self.names[row])) if samples else PENDING
+            if samples:
+                self.last[row] = token
+            if self.names[row] in fail:
+                failed.add(index)
+            sampled.append((token,) if samples else ())
+        assert position == len(step.tokens), "tokens do not match counts"
+        return Sampled(sampled, frozenset(failed))
+
+    def update(self, step: Step) -> None:
+        """Everything of a step but the computation: also done for a step that is skipped after a failure."""
+        for block in step.clears:
+            self.slots[block] = [None] * self.block_size
+        contents = [list(self.slots[source]) for source, _ in step.copies]
+        for (_, target), content in zip(step.copies, contents, strict=True):
+            self.slots[target] = content
+        for row, name in step.admitted:
+            self.names[row] = name
+            self.tables[row] = []
+        for row, first, ids in step.tables:
+            self.tables[row][first:] = list(ids)
+
+    def _compute(self, row: int, start: int, tokens: list[int]) -> int:
+        table, size = self.tables[row], self.block_size
+        state = 0
+        if start:
+            value = self.slots[table[(start - 1) // size]][(start - 1) % size]
+            assert value is not None, f"{self.names[row]}: slot {start - 1} was never written"
+            state = value
+        for offset, token in enumerate(tokens, start):
+            assert 0 <= token < VOCAB * 1000, f"{self.names[row]}: token {token}"
+            state = chain(state, token)
+            self.slots[table[offset // size]][offset % size] = state
+        self.computed_tokens += len(tokens)
+        self._verify(row, start + len(tokens))
+        return state
+
+    def _verify(self, row: int, end: int) -> None:
+        """Every slot up to `end` must hold the state that follows from the one before: attention reads them all."""
+        table, size = self.tables[row], self.block_size
+        values = [self.slots[table[p // size]][p % size] for p in range(end)]
+        previous = 0
+        for position, value in enumerate(values):
+            assert value is not None, f"{self.names[row]}: reads unwritten slot {position}"
+            assert value in {chain(previous, token) for token in range(VOCAB)}, (
+                f"{self.names[row]}: slot {position} holds another prefix"
+            )
+            previous = value
+
+
+class World:
+    """A scheduler, the memory it drives, and what came out, with one step of look-ahead if asked."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        max_num_seqs: int = 4,
+        budget: int = 16,
+        max_model_len: int = 64,
+        policy: str = "fcfs",
+        digest_size: int = 32,
+        caching: bool = True,
+        max_queued_requests: int = 1000,
+    ) -> None:
+        cache = KVCache(num_blocks, block_size, enable_prefix_caching=caching, digest_size=digest_size)
+        config = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(budget, max_num_seqs),
+            max_model_len=max_model_len,
+            max_queued_requests=max_queued_requests,
+            policy=policy,  # type: ignore[arg-type]  # parametrised
+        )
+        self.scheduler = Scheduler(config, cache)
+        self.memory = SlotMemory(num_blocks, block_size, max_num_seqs)
+        self.flight: list[tuple[Step, Sampled]] = []
+        self.asked: dict[str, tuple[list[int], StopRule]] = {}
+        self.output: dict[str, list[int]] = {}
+        self.reason: dict[str, str] = {}
+        self.events: list[Event] = []
+        self.steps: list[Step] = []
+        self.now = 0.0
+
+    def submit(self, name: str, prompt: list[int], max_tokens: int = 4, *, n: int = 1, **options: object) -> tuple[str, ...]:
+        stop_ids = options.pop("stop_token_ids", frozenset())
+        stop = StopRule(max_tokens, stop_ids)  # type: ignore[arg-type]  # tests pass frozensets
+        ids = (name,) if n == 1 else tuple(f"{name}/{branch}" for branch in range(n))
+        self.scheduler.submit(ids, prompt, stop, **options)  # type: ignore[arg-type]  # passed through
+        for request_id in ids:
+            self.asked[request_id] = (list(prompt), stop)
+            self.output[request_id] = []
+        return ids
+
+    def take(self, events: list[Event]) -> None:
+        self.events.extend(events)
+        for event in events:
+            assert event.id not in self.reason, f"{event} follows the last event"
+            self.output[event.id].extend(event.tokens)
+            if event.finish_reason is not None:
+                self.reason[event.id] = event.finish_reason
+
+    def plan(self, *, fail: frozenset[str] = frozenset()) -> Step | None:
+        """Plan and run; the result waits for its commit, as with look-ahead."""
+        self.now += 1.0
+        step = self.scheduler.plan(self.now)
+        if step is not None:
+            self.steps.append(step)
+            self.flight.append((step, self.memory.run(step, fail=fail)))
+        return step
+
+    def commit(self) -> None:
+        step, sampled = self.flight.pop(0)
+        self.take(self.scheduler.commit(step, sampled))
+
+    def cancel(self, request_id: str) -> None:
+        event = self.scheduler.cancel(request_id)
+        if event is not None:
+            self.take([event])
+
+    def run(self, *, look_ahead: bool = True, limit: int = 2000) -> None:
+        """Until nothing is left to do."""
+        while len(self.flight) > int(look_ahead):
+            self.commit()
+        for _ in range(limit):
+            planned = self.plan()
+            self.scheduler.check()
+            if planned is None and not self.flight:
+                return
+            while self.flight and (planned is None or len(self.flight) > int(look_ahead)):
+                self.commit()
+                self.scheduler.check()
+        raise AssertionError("no progress")
+
+    def verify(self) -> None:
+        """Finished requests have exactly the reference's output; others a prefix of it."""
+        for request_id, (prompt, stop) in self.asked.items():
+            tokens, reason = reference(prompt, request_id, stop)
+            if self.reason.get(request_id) in ("stop", "length"):
+                assert (self.output[request_id], self.reason[request_id]) == (tokens, reason), request_id
+            else:
+                assert self.output[request_id] == tokens[: len(self.output[request_id])], request_id

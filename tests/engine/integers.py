@@ -1,0 +1,90 @@
+"""An engine whose model is `tests.core.model.SlotMemory`: real scheduler, cache, task and thread; arithmetic for a forward pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from streamkv.core.kv_cache import KVCache
+from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.step import Sampled, Step
+from streamkv.engine.api import EngineInfo, EngineRequest
+from streamkv.engine.engine import InProcessEngine
+from streamkv.engine.thread import RunnerThread
+from streamkv.runner.params import RowParams
+from streamkv.sampling_params import Sampling
+from tests.core.model import VOCAB, SlotMemory
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 64, 4, 8
+
+
+class IntegerRunner:
+    """Carries out steps on slots. `fault` may raise, or name requests whose row comes out as NaN; `gate` holds steps back."""
+
+    def __init__(self) -> None:
+        self.memory = SlotMemory(NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS)
+        self.fault: Callable[[Step, list[str]], frozenset[str]] = lambda _step, _names: frozenset()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.threads: set[str] = set()
+        self.steps = 0
+        self._failed = False
+
+    def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
+        assert self.gate.wait(60), "a test forgot to open the gate"
+        self.threads.add(threading.current_thread().name)
+        self.steps += 1
+        assert set(params) == {row for row, _ in step.admitted}
+        if self._failed:
+            self.memory.update(step)
+            raise RuntimeError("skipped")
+        names = {row: name for row, name in step.admitted}
+        members = [names.get(row, self.memory.names[row]) for row in step.rows]
+        try:
+            nan = self.fault(step, members)
+        except BaseException:
+            self.memory.update(step)
+            self._failed = True
+            raise
+        return self.memory.run(step, fail=nan)
+
+    def resume(self) -> None:
+        self._failed = False
+
+
+@asynccontextmanager
+async def integer_engine(**options: Any) -> AsyncIterator[tuple[InProcessEngine, IntegerRunner]]:
+    """A started engine that proves its invariants after every commit."""
+    look_ahead = options.pop("look_ahead", True)
+    settings = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 32, "max_model_len": 128} | options
+    scheduler = Scheduler(SchedulerConfig(**settings), KVCache(NUM_BLOCKS, BLOCK_SIZE))
+    runner = IntegerRunner()
+    info = EngineInfo(
+        model="integers",
+        max_model_len=settings["max_model_len"],
+        vocab_size=VOCAB,
+        eos_token_ids=(),
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=settings["max_num_batched_tokens"],
+        backend="none",
+        dtype="int",
+        epoch="test",
+    )
+    engine = InProcessEngine(scheduler, runner, RunnerThread(), info, look_ahead=look_ahead, check=True)
+    engine.start()
+    try:
+        yield engine, runner
+    finally:
+        runner.gate.set()
+        await engine.close()
+        assert not scheduler.live_ids()
+
+
+def ask(name: str, prompt: list[int], max_tokens: int = 6, *, n: int = 1, **options: Any) -> EngineRequest:
+    """A request whose samples are named as `tests.core.model.reference` expects."""
+    ids = (name,) if n == 1 else tuple(f"{name}/{branch}" for branch in range(n))
+    return EngineRequest(ids, prompt, Sampling(max_tokens=max_tokens), **options)
