@@ -67,6 +67,7 @@ async def test_tokens_equal_generate(name: str, model: Path, expected: list[list
     assert (stats.cached_tokens > 0) == (name != "no prefix cache")
 
 
+@pytest.mark.smoke
 async def test_alone_cold_then_warm(model: Path, expected: list[list[int]]) -> None:
     async with build_engine(EngineConfig(model=str(model), num_blocks=300, poison=True)) as engine:
         for turn in ("cold", "warm"):

@@ -1,0 +1,1 @@
+"""Attention backends. Each is chosen by name through the entry-point group `streamkv.backends` and imported late."""

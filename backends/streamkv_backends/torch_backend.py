@@ -1,0 +1,281 @@
+"""Paged attention in plain PyTorch: any device, any shape. The fallback, and the oracle for every other backend.
+
+Reads exactly the slots that are valid, never a padded batch: what lies in unused slots (NaN, after a fault) cannot reach any
+output, and in float32 a sequence's result does not depend on what is batched beside it.
+
+    pool        per layer [2, num_blocks, block_size, num_kv_heads, head_dim]: a token's heads lie side by side, so that the
+                gather of a context copies whole rows
+    decode      queries of one KV head's group become the rows of one small matrix: [1, num_kv_heads, group, head_dim]
+    chunk       the group is the batch dimension and the keys are expanded with stride 0, nothing is copied
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # the name everybody knows
+
+from streamkv.attention import KVSpec, LayerSpec, Limits, StepTensors
+from streamkv.errors import BackendError
+
+__all__ = ["TorchBackend", "TorchKVPool", "TorchMetadata"]
+
+
+class TorchKVPool:
+    """All blocks, one tensor a layer."""
+
+    def __init__(self, spec: KVSpec, device: torch.device) -> None:
+        self._spec = spec
+        self._device = device
+        try:
+            self._layers = [
+                torch.zeros(
+                    (2, spec.num_blocks, spec.block_size, layer.num_kv_heads, layer.head_dim), dtype=spec.dtype, device=device
+                )
+                for layer in spec.layers
+            ]
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            size = spec.num_blocks * spec.bytes_per_block
+            raise BackendError(f"{size / 2**30:.1f} GiB for {spec.num_blocks} KV blocks cannot be allocated; ask for less") from error
+        self._flat = [tensor.flatten(1, 2) for tensor in self._layers]  # [2, num_slots, num_kv_heads, head_dim]
+
+    @property
+    def spec(self) -> KVSpec:
+        """What was allocated."""
+        return self._spec
+
+    def slots(self, layer: int) -> torch.Tensor:
+        """[2, num_blocks * block_size, num_kv_heads, head_dim]: keys and values of a layer, by slot."""
+        return self._flat[layer]
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy whole blocks; indexing gathers all sources before the assignment writes."""
+        if not pairs:
+            return
+        sources, targets = self._index([source for source, _ in pairs]), self._index([target for _, target in pairs])
+        for tensor in self._layers:
+            tensor[:, targets] = tensor[:, sources]
+
+    def read(self, block_ids: list[int]) -> torch.Tensor:
+        """[len(block_ids), num_bytes] uint8 on the CPU: layer after layer, keys then values."""
+        index = self._index(block_ids)
+        parts = [
+            tensor[:, index].transpose(0, 1).reshape(len(block_ids), -1).contiguous().view(torch.uint8)
+            for tensor in self._layers
+        ]
+        return torch.cat(parts, dim=1).cpu()
+
+    def write(self, block_ids: list[int], data: torch.Tensor) -> None:
+        """Inverse of `read`."""
+        index, start = self._index(block_ids), 0
+        for tensor in self._layers:
+            shape = (len(block_ids), 2, *tensor.shape[2:])
+            width = 2 * tensor[0, 0].numel() * tensor.element_size()
+            part = data[:, start : start + width].contiguous().view(tensor.dtype).reshape(shape)
+            tensor[:, index] = part.transpose(0, 1).to(self._device)
+            start += width
+
+    def fill(self, block_ids: list[int], value: float) -> None:
+        """Fill whole blocks with one value."""
+        index = self._index(block_ids)
+        for tensor in self._layers:
+            tensor[:, index] = value
+
+    def _index(self, block_ids: list[int]) -> torch.Tensor:
+        return torch.tensor(block_ids, dtype=torch.long, device=self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """One sequence of a step: its query rows start:end, its gathered context first:last, both as positions in packed tensors."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+    @property
+    def new(self) -> int:
+        return self.end - self.start
+
+    @property
+    def context(self) -> int:
+        return self.last - self.first
+
+
+@dataclass(slots=True)
+class TorchMetadata:
+    """One step, made once and shared by its layers.
+
+    Attributes:
+        sequences: the non-empty ones.
+        writes: [num_written] rows of k and v that have a slot.
+        slots: [num_written] where they go.
+        gather: [sum of seq_lens] slots of every sequence's context, in order.
+        masks: (context, new, window) -> [new, context] additive mask; sequences of equal shape share it.
+    """
+
+    sequences: list[_Sequence]
+    num_tokens: int
+    writes: torch.Tensor | None
+    slots: torch.Tensor
+    gather: torch.Tensor
+    covers_all: bool
+    masks: dict[tuple[int, int, int | None], torch.Tensor] = field(default_factory=dict)
+
+
+class TorchBackend:
+    """See the module's docstring."""
+
+    name = "torch"
+    ops = None
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Use a device that torch can see.
+
+        Raises:
+            BackendError: torch has no such device.
+        """
+        self._device = torch.device("cpu" if device == "auto" else device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendError(f"device {self._device} is asked for and torch sees no CUDA device; use --device cpu")
+        self._pool: TorchKVPool | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Anything, in the dtypes that torch multiplies well."""
+        return Limits(self._device.type, frozenset({torch.float32, torch.bfloat16, torch.float16}))
+
+    def allocate_kv(self, spec: KVSpec) -> TorchKVPool:
+        """Allocate the pool, zeroed."""
+        refusal = self.limits.refusal(spec)
+        if refusal is not None:
+            raise BackendError(refusal)
+        self._pool = TorchKVPool(spec, self._device)
+        return self._pool
+
+    def prepare(self, tensors: StepTensors) -> TorchMetadata:
+        """Resolve block tables to slots, once for all layers."""
+        assert self._pool is not None, "allocate_kv comes first"
+        size = self._pool.spec.block_size
+        starts, lengths = tensors.query_start.tolist(), tensors.seq_lens.tolist()
+        sequences: list[_Sequence] = []
+        contexts: list[torch.Tensor] = []
+        first = 0
+        tables = tensors.block_tables.long() * size
+        offsets = torch.arange(size)
+        for index, length in enumerate(lengths):
+            if length == 0 or starts[index] == starts[index + 1]:
+                continue
+            blocks = tables[index, : -(-length // size), None]  # [num_blocks, 1]
+            contexts.append((blocks + offsets).flatten()[:length])
+            sequences.append(_Sequence(starts[index], starts[index + 1], first, first + length))
+            first += length
+        written = tensors.slots >= 0
+        everything = bool(written.all())
+        gather = torch.cat(contexts) if contexts else torch.zeros(0, dtype=torch.long)
+        return TorchMetadata(
+            sequences=sequences,
+            num_tokens=len(tensors.slots),
+            writes=None if everything else written.nonzero().flatten().to(self._device),
+            slots=(tensors.slots if everything else tensors.slots[written]).to(self._device),
+            gather=gather.to(self._device),
+            covers_all=sum(sequence.new for sequence in sequences) == len(tensors.slots),
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: int,
+        metadata: TorchMetadata,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write k and v, gather every context, attend sequence by sequence."""
+        assert self._pool is not None, "allocate_kv comes first"
+        spec = self._pool.spec.layers[layer]
+        keys, values = self._pool.slots(layer)
+        if metadata.writes is not None:
+            key, value = key[metadata.writes], value[metadata.writes]
+        keys.index_copy_(0, metadata.slots, key.to(keys.dtype))
+        values.index_copy_(0, metadata.slots, value.to(values.dtype))
+        gathered_keys = keys.index_select(0, metadata.gather)  # [sum of seq_lens, num_kv_heads, head_dim]
+        gathered_values = values.index_select(0, metadata.gather)
+        shape = (metadata.num_tokens, spec.num_heads, spec.head_dim)
+        output = query.new_empty(shape) if metadata.covers_all else query.new_zeros(shape)
+        plain = spec.soft_cap is None and sinks is None
+        for sequence in metadata.sequences:
+            # A token further back than the window is seen by nobody in this step.
+            first = sequence.first
+            if spec.window is not None:
+                first = max(first, sequence.last - spec.window - sequence.new + 1)
+            context = slice(first, sequence.last)
+            rows = query[sequence.start : sequence.end]
+            target = output[sequence.start : sequence.end]
+            if not plain:
+                target.copy_(_explicit(rows, gathered_keys[context], gathered_values[context], spec, sinks))
+            elif sequence.new == 1:
+                target.copy_(_decode(rows, gathered_keys[context], gathered_values[context], spec))
+            else:
+                target.copy_(self._chunk(rows, gathered_keys[context], gathered_values[context], spec, metadata))
+        return output
+
+    def _chunk(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: LayerSpec, metadata: TorchMetadata
+    ) -> torch.Tensor:
+        """Several new tokens of one sequence; [new, num_heads, head_dim]."""
+        new, context = len(query), len(key)
+        group = spec.num_heads // spec.num_kv_heads
+        folded = query.view(new, spec.num_kv_heads, group, spec.head_dim).permute(2, 1, 0, 3)  # [group, kv_heads, new, dim]
+        expanded = (group, spec.num_kv_heads, context, spec.head_dim)
+        keys, values = key.transpose(0, 1).expand(expanded), value.transpose(0, 1).expand(expanded)
+        if new == context and (spec.window is None or spec.window >= context):
+            result = F.scaled_dot_product_attention(folded, keys, values, is_causal=True, scale=spec.scale)
+        else:
+            shape = (context, new, spec.window)
+            if shape not in metadata.masks:
+                metadata.masks[shape] = _mask(context, new, spec.window, query)
+            result = F.scaled_dot_product_attention(
+                folded, keys, values, attn_mask=metadata.masks[shape], scale=spec.scale
+            )
+        return result.permute(2, 1, 0, 3).reshape(new, spec.num_heads, spec.head_dim)
+
+
+def _decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
+    """One new token; it sees everything it is given. [1, num_heads, head_dim]."""
+    group = spec.num_heads // spec.num_kv_heads
+    # enable_gqa on strided views is many times slower than rows of one matrix (docs/backends.md).
+    rows = query.reshape(1, spec.num_kv_heads, group, spec.head_dim)
+    result = F.scaled_dot_product_attention(rows, key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=spec.scale)
+    return result.reshape(1, spec.num_heads, spec.head_dim)
+
+
+def _explicit(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: LayerSpec, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """Scores in the open, in float32, for what the fused function lacks: soft-capping and sinks. [new, num_heads, head_dim]."""
+    new, context = len(query), len(key)
+    group = spec.num_heads // spec.num_kv_heads
+    keys = key.float().repeat_interleave(group, dim=1).transpose(0, 1)  # [num_heads, context, head_dim]
+    values = value.float().repeat_interleave(group, dim=1).transpose(0, 1)
+    scores = query.float().transpose(0, 1) @ keys.transpose(1, 2) * spec.scale  # [num_heads, new, context]
+    if spec.soft_cap is not None:
+        scores = torch.tanh(scores / spec.soft_cap) * spec.soft_cap
+    scores = scores + _mask(context, new, spec.window, scores)
+    if sinks is not None:
+        extra = sinks.float()[:, None, None].expand(-1, new, 1)
+        scores = torch.cat([scores, extra], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., :context]
+    return (weights @ values).transpose(0, 1)
+
+
+def _mask(context: int, new: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """[new, context] additive: 0 where the new token may look, -inf elsewhere. The last new token is the last of the context."""
+    position = torch.arange(context - new, context, device=like.device)[:, None]
+    other = torch.arange(context, device=like.device)[None]
+    hidden = other > position
+    if window is not None:
+        hidden |= other <= position - window
+    return torch.zeros((new, context), dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)

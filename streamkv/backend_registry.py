@@ -1,0 +1,99 @@
+"""Choose an attention backend by name, import it late, and say why when that fails."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Final
+
+import torch
+
+from streamkv.attention import AttentionBackend, KVSpec
+from streamkv.errors import BackendError
+
+__all__ = ["GROUP", "available", "check_spec", "load_backend"]
+
+GROUP: Final = "streamkv.backends"
+
+
+def available() -> dict[str, EntryPoint]:
+    """Backends that installed packages declare, by name."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def load_backend(name: str, device: str = "auto") -> tuple[AttentionBackend, str]:
+    """Make a backend.
+
+    Args:
+        name: `auto`, the name of an entry point, or an import string `package.module:Class`.
+        device: torch device; `auto` = the backend's own choice.
+
+    Returns:
+        The backend, and why it was chosen.
+
+    Raises:
+        BackendError: unknown name, not importable, or it cannot work here; one sentence says which.
+    """
+    if name == "auto":
+        return _automatic(device)
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        return _construct(name, _import(name, module, attribute), device), f"asked for by import string {name}"
+    known = available()
+    if name not in known:
+        names = ", ".join(["auto", *sorted(known)])
+        hint = "; the CUDA backend is not part of this build" if name == "cuda" else ""
+        raise BackendError(f"backend {name!r} is unknown{hint}; use one of {names}, or package.module:Class")
+    entry = known[name]
+    return _construct(name, _import(name, entry.module, entry.attr), device), f"asked for by name {name!r}"
+
+
+def _automatic(device: str) -> tuple[AttentionBackend, str]:
+    known = available()
+    wants_gpu = device == "auto" or device.startswith("cuda")
+    if "cuda" in known and wants_gpu and torch.cuda.is_available():
+        try:
+            return load_backend("cuda", device)[0], "auto: torch sees a CUDA device"
+        except BackendError as error:
+            reason = f"auto: the cuda backend cannot be used ({error.message})"
+    elif not torch.cuda.is_available():
+        reason = "auto: torch sees no CUDA device"
+    elif "cuda" in known:
+        reason = f"auto: device {device} is asked for"
+    else:
+        reason = "auto: no cuda backend is installed"
+    return load_backend("torch", device)[0], reason
+
+
+def _import(name: str, module: str, attribute: str) -> Any:
+    try:
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if module == missing or module.startswith(f"{missing}."):
+            raise BackendError(f"backend {name!r}: there is no module {module}; install the package that has it") from error
+        raise BackendError(f"backend {name!r}: {module} needs the module {missing}, which is not installed") from error
+    except ImportError as error:
+        raise BackendError(f"backend {name!r}: an import inside {module} failed: {error}") from error
+    try:
+        return getattr(imported, attribute)
+    except AttributeError as error:
+        raise BackendError(f"backend {name!r}: {module} has no {attribute}") from error
+
+
+def _construct(name: str, factory: Any, device: str) -> AttentionBackend:
+    backend = factory(device)
+    if not isinstance(backend, AttentionBackend):
+        raise BackendError(f"backend {name!r} lacks a member of streamkv.attention.AttentionBackend")
+    return backend
+
+
+def check_spec(backend: AttentionBackend, spec: KVSpec) -> None:
+    """Refuse a model that the backend cannot serve.
+
+    Raises:
+        BackendError: what is outside its limits.
+    """
+    refusal = backend.limits.refusal(spec)
+    if refusal is not None:
+        raise BackendError(f"backend {backend.name!r} cannot serve this model: {refusal}")
