@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamkv.llm import LLM, Completion, Engine, GenerationResult
+    from streamkv.llm import LLM, CompletionOutput, Engine, RequestOutput
     from streamkv.sampling_params import SamplingParams
 
-__all__ = ["LLM", "Completion", "Engine", "GenerationResult", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "Engine", "RequestOutput", "SamplingParams", "__version__"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "streamkv.llm",
     "Engine": "streamkv.llm",
-    "GenerationResult": "streamkv.llm",
-    "Completion": "streamkv.llm",
+    "RequestOutput": "streamkv.llm",
+    "CompletionOutput": "streamkv.llm",
     "SamplingParams": "streamkv.sampling_params",
 }
 

@@ -19,7 +19,7 @@ __all__ = [
     "EngineRequest",
     "EngineStats",
     "FinishReason",
-    "RequestOutput",
+    "StepOutput",
     "Sampling",
     "StepBatch",
     "TokenLogprobs",
@@ -50,7 +50,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     credit: int | None = None
 
 
-class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What one step did for one request. The last one, and only the last, has `finish_reason`.
 
     Attributes:
@@ -75,7 +75,7 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class StepBatch(msgspec.Struct, frozen=True):
     """All that one step produced, in the order of the batch. `at` is the engine's monotonic clock in seconds."""
 
-    outputs: list[RequestOutput]
+    outputs: list[StepOutput]
     at: float
 
 

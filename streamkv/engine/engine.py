@@ -19,7 +19,7 @@ import structlog
 from streamkv.core.request import StopRule
 from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Event, Sampled, Step
-from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, RequestOutput, StepBatch
+from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepOutput, StepBatch
 from streamkv.engine.thread import RunnerThread
 from streamkv.errors import DrainingError, InvalidRequestError
 from streamkv.runner.params import RowParams
@@ -301,9 +301,9 @@ class InProcessEngine:
 
     def _batch(self, events: list[Event]) -> StepBatch | None:
         # A cancelled request's earlier events are purged by the scheduler; its last event comes after all others.
-        outputs = [RequestOutput(*_as_output(event)) for event in events]
+        outputs = [StepOutput(*_as_output(event)) for event in events]
         if self._ended:
-            outputs += [RequestOutput(*_as_output(event)) for event in self._ended]
+            outputs += [StepOutput(*_as_output(event)) for event in self._ended]
             self._ended = []
         if not outputs:
             return None

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from streamkv.engine.api import EngineClient, EngineRequest, RequestOutput
+from streamkv.engine.api import EngineClient, EngineRequest, StepOutput
 
 DEADLINE_S = 60.0
 
@@ -15,14 +15,14 @@ DEADLINE_S = 60.0
 class Collected:
     """Everything an engine said about one request."""
 
-    outputs: list[RequestOutput] = field(default_factory=list)
+    outputs: list[StepOutput] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
         return [token for output in self.outputs for token in output.token_ids]
 
     @property
-    def last(self) -> RequestOutput:
+    def last(self) -> StepOutput:
         return self.outputs[-1]
 
     @property
