@@ -23,7 +23,8 @@ from streamkv.engine.build import build_engine
 from streamkv.engine.config import EngineConfig
 from streamkv.errors import EngineError, InvalidRequestError, NumericalError
 from streamkv.sampling_params import SamplingParams, TokenLogprobs
-from streamkv.text.streams import Delta, Finished, Prompt, Status, StreamEvent, TextStreams
+from streamkv.text.events import Delta, Finished, Status, StreamEvent
+from streamkv.text.streams import Prompt, TextStreams
 from streamkv.text.tokenizer import load_tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "Engine", "PromptInput", "RequestOutput"]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 
 import msgspec
 import structlog
@@ -22,6 +22,7 @@ from streamkv.engine.api import EngineClient, EngineRequest, FinishReason, StepO
 from streamkv.errors import ContextLengthError, InvalidRequestError
 from streamkv.sampling_params import Sampling, SamplingParams, TokenLogprobs
 from streamkv.text.detokenizer import IncrementalDetokenizer
+from streamkv.text.events import Delta, Finished, Status, StreamEvent, Timings
 from streamkv.text.stop import StopStrings
 from streamkv.text.tokenizer import TextTokenizer
 
@@ -35,47 +36,6 @@ _ENGINE_LOST: Final = ("engine_lost", "the engine stopped; send the request agai
 log = structlog.get_logger(__name__)
 
 
-class Status(msgspec.Struct, frozen=True, gc=False):
-    """A request changed its state; `cached` prompt tokens came from the prefix cache (with state "prefill")."""
-
-    id: str
-    state: Literal["prefill", "decode", "preempted"]
-    cached: int | None = None
-
-
-class Delta(msgspec.Struct, frozen=True):
-    """Text that tokens offset .. offset + count - 1 made certain. Tokens whose text is held back come with a later delta."""
-
-    id: str
-    offset: int
-    count: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-
-
-class Timings(msgspec.Struct, frozen=True, gc=False):
-    """Seconds: waiting in the queue, prefill until the first token, both together (TTFT), first to last token."""
-
-    queue: float
-    prefill: float
-    ttft: float
-    decode: float
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """The last event of a request; there is exactly one."""
-
-    id: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    timings: Timings
-    error: tuple[str, str] | None = None
-
-
-StreamEvent = Status | Delta | Finished
 Sink = Callable[[list[StreamEvent]], None]
 """Called on the event loop, once per step batch, with the events of all requests that share the sink. Must not block."""
 

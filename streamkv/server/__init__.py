@@ -1,0 +1,1 @@
+"""aiohttp around the sans-IO session: routes, connections, graceful shutdown."""

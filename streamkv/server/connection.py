@@ -1,0 +1,240 @@
+"""One WebSocket: a reader that feeds the session, and the one writer that empties it. Every send is bounded in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from typing import Final
+
+import structlog
+from aiohttp import WSMsgType, web
+
+from streamkv.errors import StreamKVError
+from streamkv.protocol.messages import Codec
+from streamkv.protocol.session import Action, CancelStream, Close, ConnectionState, OpenStreams, Session
+from streamkv.server.config import ServerConfig
+from streamkv.text.events import Delta, Finished, Status, StreamEvent
+from streamkv.text.streams import TextStreams
+
+__all__ = ["Connection"]
+
+_CLOSE_TIMEOUT_S: Final = 3.0
+
+log = structlog.get_logger(__name__)
+
+
+class Connection:
+    """Carries out what the session wishes. Lives as long as the handler that awaits `run`."""
+
+    def __init__(
+        self, name: str, socket: web.WebSocketResponse, request: web.Request, codec: Codec, session: Session, streams: TextStreams, config: ServerConfig
+    ) -> None:
+        """Take over a prepared socket."""
+        self.name = name
+        self.session = session
+        self._socket = socket
+        self._request = request
+        self._codec = codec
+        self._streams = streams
+        self._config = config
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._engine_ids: dict[str, str] = {}  # stream id -> request id in the engine
+        self._stream_ids: dict[str, str] = {}
+        self._names = itertools.count()
+        self._closing: Close | None = None
+        self._log = log.bind(connection=name)
+
+    async def run(self) -> None:
+        """Until either side closes; afterwards nothing of it is left in the engine."""
+        writer = asyncio.create_task(self._write(), name=f"{self.name}-writer")
+        hello = asyncio.get_running_loop().call_later(self._config.limits.hello_s, self._hello_late)
+        try:
+            await self._read(writer)
+        finally:
+            hello.cancel()
+            self._perform(list(self.session.lost()))
+            self._cancel_all()
+            if self._closing is None:
+                writer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await writer
+            if self._tasks:
+                await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._log.info("disconnected", code=self._socket.close_code)
+
+    async def _read(self, writer: asyncio.Task[None]) -> None:
+        async for message in self._socket:
+            if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
+                break
+            data: bytes = message.data
+            self._perform(self.session.receive(data, is_text=message.type is WSMsgType.TEXT))
+            self._wake.set()
+            if self._closing is not None:
+                break
+            if writer.done():
+                break
+
+    def drain(self, deadline_s: float, reason: str) -> None:
+        """Announce that the server is going away."""
+        self.session.drain(int(deadline_s * 1000), reason)
+        self._wake.set()
+
+    def close(self, code: int, reason: str) -> None:
+        """Send what is pending, then close; the reader ends with the peer's answer or a time limit."""
+        if self._closing is None:
+            self._closing = Close(code, reason)
+            self._wake.set()
+
+    @property
+    def idle(self) -> bool:
+        """True if no stream is alive and everything has been sent."""
+        return self.session.num_streams == 0
+
+    # -- wishes of the session ------------------------------------------------------------------------------------
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case OpenStreams():
+                    self._spawn(self._open(action))
+                case CancelStream():
+                    self._cancel(action.id)
+                case Close():
+                    self.close(action.code, action.reason)
+
+    async def _open(self, wish: OpenStreams) -> None:
+        """Tokenise, check, submit; the answer goes through the session."""
+        rid = f"{self.name}-{next(self._names)}"
+        engine_ids = {stream_id: f"{rid}.{index}" for index, stream_id in enumerate(wish.ids)}
+        try:
+            prepared = await self._streams.prepare(wish.body.prompt, wish.body.params, is_chat=wish.body.is_chat)
+            if self.session.state is ConnectionState.CLOSED:
+                return
+            self._stream_ids |= {engine_id: stream_id for stream_id, engine_id in engine_ids.items()}
+            self._engine_ids |= engine_ids
+            await self._streams.open(list(engine_ids.values()), prepared, sink=self._sink, priority=wish.priority)
+        except StreamKVError as error:
+            self._forget(engine_ids)
+            self._log.info("stream_refused", rid=rid, code=error.code, param=error.param)
+            self._perform(self.session.refused(wish.ids, error))
+        except Exception:
+            self._forget(engine_ids)
+            self._log.exception("stream_failed", rid=rid)
+            self._perform(self.session.refused(wish.ids, StreamKVError("the server failed on this request; its log says why")))
+        else:
+            self._log.info("stream_opened", rid=rid, streams=len(wish.ids), prompt_tokens=len(prepared.token_ids))
+            if self.session.state is ConnectionState.CLOSED:
+                self._cancel_all()
+            else:
+                self._perform(self.session.opened(wish.ids, rid, len(prepared.token_ids)))
+        self._wake.set()
+
+    def _forget(self, engine_ids: dict[str, str]) -> None:
+        for stream_id, engine_id in engine_ids.items():
+            self._engine_ids.pop(stream_id, None)
+            self._stream_ids.pop(engine_id, None)
+
+    def _cancel(self, stream_id: str) -> None:
+        engine_id = self._engine_ids.get(stream_id)
+        if engine_id is not None:
+            self._spawn(self._streams.cancel(engine_id))
+
+    def _cancel_all(self) -> None:
+        for engine_id in list(self._engine_ids.values()):
+            self._spawn(self._streams.cancel(engine_id))
+
+    def _spawn(self, coroutine: object) -> None:
+        task = asyncio.create_task(coroutine)  # type: ignore[arg-type]  # always one of our coroutines
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _sink(self, events: list[StreamEvent]) -> None:
+        """Events of one step batch; runs on the loop, must not block."""
+        renamed: list[StreamEvent] = []
+        for event in events:
+            stream_id = self._stream_ids.get(event.id)
+            if stream_id is None:
+                continue
+            if isinstance(event, Finished):
+                self._forget({stream_id: event.id})
+                self._log.info(
+                    "stream_finished",
+                    rid=event.id,
+                    reason=event.finish_reason,
+                    prompt=event.prompt_tokens,
+                    completion=event.completion_tokens,
+                    cached=event.cached_tokens,
+                    ttft=round(event.timings.ttft, 4),
+                )
+            renamed.append(_renamed(event, stream_id))
+        if renamed and self.session.state is not ConnectionState.CLOSED:
+            self._perform(self.session.events(renamed, time.monotonic()))
+            if self.session.too_slow:
+                self._abort("slow_consumer")
+            self._wake.set()
+
+    # -- the writer -----------------------------------------------------------------------------------------------
+
+    async def _write(self) -> None:
+        """Send what is due until told to close."""
+        encode = self._codec.encode
+        kind = WSMsgType.TEXT if self._codec.text else WSMsgType.BINARY
+        transport = self._request.transport
+        try:
+            while True:
+                busy = transport is not None and transport.get_write_buffer_size() > 0
+                message = self.session.next_message(time.monotonic(), busy=busy)
+                if message is not None:
+                    async with asyncio.timeout(self._config.send_timeout_s):
+                        await self._socket.send_frame(encode(message), kind)
+                    continue
+                if self._closing is not None:
+                    break
+                self._wake.clear()
+                wait = self.session.next_due(time.monotonic(), busy=busy)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._wake.wait()
+            await self._close_socket(self._closing)
+        except TimeoutError:
+            # aiohttp's heartbeat closes politely and waits for a flush that never comes; only abort frees the handler.
+            self._abort("slow_consumer")
+        except ConnectionError:
+            self._abort("connection_lost")
+
+    async def _close_socket(self, closing: Close) -> None:
+        try:
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                await self._socket.close(code=closing.code, message=closing.reason.encode()[:123])
+        except TimeoutError:
+            self._abort("close_timeout")
+
+    def _abort(self, reason: str) -> None:
+        transport = self._request.transport
+        if transport is not None:
+            self._log.warning("aborted", reason=reason)
+            transport.abort()
+
+    def _hello_late(self) -> None:
+        if self.session.state is ConnectionState.AWAIT_HELLO:
+            self.close(4408, "hello_timeout: send hello first")
+
+
+def _renamed(event: StreamEvent, stream_id: str) -> StreamEvent:
+    """The same event under the client's own id."""
+    if isinstance(event, Delta):
+        return Delta(stream_id, event.offset, event.count, event.text, event.token_ids, event.logprobs)
+    if isinstance(event, Status):
+        return Status(stream_id, event.state, event.cached)
+    return Finished(
+        stream_id,
+        event.finish_reason,
+        event.prompt_tokens,
+        event.completion_tokens,
+        event.cached_tokens,
+        event.timings,
+        event.error,
+    )
