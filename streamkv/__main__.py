@@ -1,0 +1,5 @@
+"""`python -m streamkv`."""
+
+from streamkv.cli import main
+
+raise SystemExit(main())

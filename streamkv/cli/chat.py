@@ -1,0 +1,99 @@
+"""`streamkv chat`: talk to a running server. Ctrl-C ends the answer, Ctrl-C or Ctrl-D at the prompt ends the program."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from typing import Any
+
+from streamkv.client import Client, RemoteError, connect
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--url", default="ws://127.0.0.1:8000/v1/stream", help="(%(default)s)")
+    parser.add_argument("--once", metavar="TEXT", help="say this, print the answer, leave")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--temperature", type=float, default=0.5, help="0 = always the most probable token (%(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="most tokens of an answer (default: what fits)")
+    parser.add_argument("--seed", type=int)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Chat until the end of input."""
+    return asyncio.run(_chat(arguments))
+
+
+async def _chat(arguments: argparse.Namespace) -> int:
+    history: list[dict[str, str]] = []
+    if arguments.system:
+        history.append({"role": "system", "content": arguments.system})
+    sampling: dict[str, Any] = {"temperature": arguments.temperature}
+    for name in ("max_tokens", "seed"):
+        if getattr(arguments, name) is not None:
+            sampling[name] = getattr(arguments, name)
+    async with connect(arguments.url) as client:
+        if arguments.once is not None:
+            history.append({"role": "user", "content": arguments.once})
+            return 0 if await _answer(client, history, sampling) else 1
+        assert client.welcome is not None
+        print(f"{client.welcome.models[0]} at {arguments.url}. Ctrl-C ends an answer, Ctrl-D the chat.")
+        while (line := await _read_line("> ")) is not None:
+            if not line.strip():
+                continue
+            history.append({"role": "user", "content": line})
+            if not await _answer(client, history, sampling):
+                history.pop()
+    return 0
+
+
+async def _answer(client: Client, history: list[dict[str, str]], sampling: dict[str, Any]) -> bool:
+    """Print one answer as it comes and add it to the history; False if the server refused."""
+    loop = asyncio.get_running_loop()
+    stream = client.chat(history, **sampling)
+    cancels: list[asyncio.Task[None]] = []
+    loop.add_signal_handler(signal.SIGINT, lambda: cancels.append(loop.create_task(stream.cancel())))
+    try:
+        async for delta in stream:
+            print(delta.x, end="", flush=True)
+    except RemoteError as error:
+        print(f"[{error.remote_code}] {error.message}", file=sys.stderr)
+        return False
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+    assert stream.done is not None
+    ending = {"cancelled": " [stopped]", "length": " [cut at the length limit]"}.get(stream.done.finish_reason, "")
+    print(ending)
+    history.append({"role": "assistant", "content": stream.text})
+    return True
+
+
+async def _read_line(prompt: str) -> str | None:
+    """A line from the keyboard, off the loop so that the connection stays alive; None at the end of input or at Ctrl-C."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[str | None] = loop.create_future()
+
+    def readable() -> None:
+        line = sys.stdin.readline()
+        if not result.done():
+            result.set_result(line.rstrip("\n") if line else None)
+
+    def interrupted() -> None:
+        if not result.done():
+            result.set_result(None)
+
+    print(prompt, end="", flush=True)
+    loop.add_reader(sys.stdin, readable)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    try:
+        line = await result
+    finally:
+        loop.remove_reader(sys.stdin)
+        loop.remove_signal_handler(signal.SIGINT)
+    if line is None:
+        print()
+    return line

@@ -1,0 +1,290 @@
+"""Async Python client: many streams on one WebSocket.
+
+    async with connect("ws://127.0.0.1:8000/v1/stream") as client:
+        async for delta in client.chat([{"role": "user", "content": "Hello"}], max_tokens=64):
+            print(delta.x, end="", flush=True)
+
+Leaving an `async with client.chat(...) as stream` block before the end cancels the stream on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+import aiohttp
+import msgspec
+
+from streamkv.errors import StreamKVError
+from streamkv.protocol import messages as m
+
+__all__ = ["Client", "ClientConnectionError", "RemoteError", "Stream", "connect"]
+
+_CODECS: Final = {"json": "streamkv.v1.json", "msgpack": "streamkv.v1.msgpack"}
+
+
+class ClientConnectionError(StreamKVError):
+    """The server cannot be reached, refused the connection, or went away."""
+
+    code = "connection"
+    retryable = True
+
+
+class RemoteError(StreamKVError):
+    """The server ended a stream with an error.
+
+    Attributes:
+        remote_code: code of the wire protocol, such as `invalid_request`.
+        can_retry: the server says that the same request may succeed later.
+    """
+
+    def __init__(self, error: m.Error) -> None:
+        super().__init__(error.message, param=error.param)
+        self.remote_code = error.code
+        self.can_retry = error.retryable
+
+
+class Stream:
+    """One stream: an async iterator of deltas, and its text so far.
+
+    Attributes:
+        id: its name on this connection.
+        text: all deltas so far, joined.
+        done: the last frame, once it has come: finish reason, usage, timings.
+    """
+
+    def __init__(self, client: Client, stream_id: str) -> None:
+        self.id = stream_id
+        self.text = ""
+        self.num_tokens = 0
+        self.cached = 0
+        self.done: m.Done | None = None
+        self._error: Exception | None = None
+        self._client = client
+        self._inbox: list[m.Delta] = []
+        self._changed = asyncio.Event()
+
+    def __aiter__(self) -> AsyncIterator[m.Delta]:
+        return self._deltas()
+
+    async def _deltas(self) -> AsyncIterator[m.Delta]:
+        """Deltas as they come; those that came while nobody looked come at once.
+
+        Raises:
+            RemoteError: the stream ended with an error.
+            ClientConnectionError: the connection is gone.
+        """
+        try:
+            while True:
+                while self._inbox:
+                    yield self._inbox.pop(0)
+                if self.done is not None:
+                    return
+                if self._error is not None:
+                    raise self._error
+                self._changed.clear()
+                await self._changed.wait()
+        finally:
+            await self.cancel()
+
+    async def result(self) -> str:
+        """The whole text, once the stream has ended. Raises what iterating raises."""
+        async for _ in self:
+            pass
+        return self.text
+
+    async def cancel(self) -> None:
+        """Ask the server to end the stream; nothing happens if it has ended."""
+        if self.ended:
+            return
+        await self._client._send(m.Cancel(self.id))  # noqa: SLF001  # a stream is part of its client
+
+    @property
+    def ended(self) -> bool:
+        """True once the last frame has come or the connection is gone."""
+        return self.done is not None or self._error is not None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.cancel()
+
+    def _receive(self, message: m.Delta | m.Done | m.Status | m.Error) -> None:
+        match message:
+            case m.Delta():
+                if message.o != self.num_tokens:
+                    self._error = ClientConnectionError(f"stream {self.id}: token {self.num_tokens} expected, {message.o} came")
+                self.text += message.x
+                self.num_tokens += message.n
+                self._inbox.append(message)
+            case m.Status():
+                if message.cached is not None:
+                    self.cached = message.cached
+            case m.Done():
+                self.done = message
+            case m.Error():
+                self._error = RemoteError(message)
+        self._changed.set()
+
+    def _lose(self, error: Exception) -> None:
+        if not self.ended:
+            self._error = error
+        self._changed.set()
+
+
+class Client:
+    """One connection. Made by `connect`.
+
+    Attributes:
+        welcome: what the server said of itself and its limits.
+        draining: the server has announced that it is going away.
+        notices: errors that belong to no stream.
+    """
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse, codec: m.Codec) -> None:
+        self._socket = socket
+        self._codec = codec
+        self._streams: dict[str, Stream] = {}
+        self._names = itertools.count()
+        self._pongs: dict[float, asyncio.Future[float]] = {}
+        self.welcome: m.Welcome | None = None
+        self.draining: m.Drain | None = None
+        self.notices: list[m.Error] = []
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Stream:
+        """Answer a conversation. `sampling`: max_tokens, temperature, top_p, top_k, seed, stop, ... and `priority`."""
+        return self._create("chat", {"messages": list(messages)}, 1, sampling)[0]
+
+    def complete(self, prompt: str | list[int], **sampling: Any) -> Stream:
+        """Continue a text, or token ids."""
+        return self._create("completions", {"prompt": prompt}, 1, sampling)[0]
+
+    def samples(self, n: int, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> list[Stream]:
+        """`n` answers to one conversation that share its KV blocks."""
+        return self._create("chat", {"messages": list(messages)}, n, sampling)
+
+    def _create(self, api: str, body: dict[str, Any], n: int, sampling: dict[str, Any]) -> list[Stream]:
+        priority = sampling.pop("priority", 0)
+        ids = [f"s{next(self._names)}" for _ in range(n)]
+        encoded = self._codec.encode(body | sampling)
+        message = m.Create(api, msgspec.Raw(encoded), ids=ids, priority=priority)
+        streams = [Stream(self, stream_id) for stream_id in ids]
+        self._streams |= {stream.id: stream for stream in streams}
+        # Sent at once, in order: aiohttp writes small frames without waiting.
+        task = asyncio.ensure_future(self._send(message))
+        task.add_done_callback(lambda done: self._create_failed(done, streams))
+        return streams
+
+    def _create_failed(self, task: asyncio.Future[None], streams: list[Stream]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            for stream in streams:
+                stream._lose(ClientConnectionError(f"the connection is gone: {error}"))  # noqa: SLF001  # as above
+
+    async def ping(self) -> float:
+        """The server's wall clock, in seconds; shows that it answers."""
+        loop = asyncio.get_running_loop()
+        stamp = loop.time()
+        self._pongs[stamp] = loop.create_future()
+        await self._send(m.Ping(stamp))
+        return await self._pongs[stamp]
+
+    async def _send(self, message: m.ClientMessage) -> None:
+        data = self._codec.encode(message)
+        with contextlib.suppress(ConnectionError):
+            await (self._socket.send_str(data.decode()) if self._codec.text else self._socket.send_bytes(data))
+
+    async def _read(self) -> None:
+        """Route frames to their streams until the connection ends."""
+        reason = "the server closed the connection"
+        try:
+            async for frame in self._socket:
+                if frame.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                    break
+                data = frame.data.encode() if isinstance(frame.data, str) else frame.data
+                self._receive(self._codec.decode_server(data))
+        finally:
+            if self._socket.close_code is not None:
+                reason = f"{reason} (code {self._socket.close_code})"
+            for stream in self._streams.values():
+                stream._lose(ClientConnectionError(reason))  # noqa: SLF001  # as above
+            for pong in self._pongs.values():
+                pong.cancel()
+
+    def _receive(self, message: m.ServerMessage) -> None:
+        match message:
+            case m.Delta() | m.Status():
+                if (stream := self._streams.get(message.id)) is not None:
+                    stream._receive(message)  # noqa: SLF001  # as above
+            case m.Done():
+                if (stream := self._streams.pop(message.id, None)) is not None:
+                    stream._receive(message)  # noqa: SLF001  # as above
+            case m.Error():
+                stream = self._streams.pop(message.id, None) if message.id is not None else None
+                if stream is not None:
+                    stream._receive(message)  # noqa: SLF001  # as above
+                else:
+                    self.notices.append(message)
+                    del self.notices[:-100]
+            case m.Pong():
+                if (pong := self._pongs.pop(message.ts, None)) is not None and not pong.done():
+                    pong.set_result(message.now)
+            case m.Drain():
+                self.draining = message
+            case _:
+                pass
+
+
+@asynccontextmanager
+async def connect(url: str, *, codec: Literal["json", "msgpack"] = "json", timeout: float = 10.0) -> AsyncIterator[Client]:
+    """A connection that is ready for streams; closed when the block is left.
+
+    Args:
+        url: such as ws://127.0.0.1:8000/v1/stream.
+        timeout: seconds for connecting and for the server's welcome.
+
+    Raises:
+        ClientConnectionError: nobody answers there, or the server refused.
+    """
+    chosen = m.CODECS[_CODECS[codec]]
+    async with aiohttp.ClientSession() as http:
+        client = await _open(http, url, chosen, timeout)
+        reader = asyncio.create_task(client._read(), name="streamkv-client")  # noqa: SLF001  # made here
+        try:
+            yield client
+        finally:
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await client._send(m.Bye())  # noqa: SLF001  # made here
+                    await client._socket.close()  # noqa: SLF001  # made here
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+
+
+async def _open(http: aiohttp.ClientSession, url: str, codec: m.Codec, timeout: float) -> Client:
+    try:
+        async with asyncio.timeout(timeout):
+            socket = await http.ws_connect(url, protocols=(codec.subprotocol,), max_msg_size=16 << 20, compress=0)
+            client = Client(socket, codec)
+            await client._send(m.Hello(client="streamkv-python"))  # noqa: SLF001  # made here
+            frame = await socket.receive()
+            if frame.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                raise ClientConnectionError(f"the server closed the connection (code {socket.close_code})")
+            data = frame.data.encode() if isinstance(frame.data, str) else frame.data
+            welcome = codec.decode_server(data)
+            if not isinstance(welcome, m.Welcome):
+                raise ClientConnectionError("the server did not send welcome")
+            client.welcome = welcome
+            return client
+    except aiohttp.WSServerHandshakeError as error:
+        raise ClientConnectionError(f"the server at {url} refused the connection: HTTP {error.status}") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise ClientConnectionError(f"no server at {url}: start one with `streamkv serve`") from error
+    except TimeoutError as error:
+        raise ClientConnectionError(f"the server at {url} did not answer within {timeout:g} s") from error
