@@ -1,8 +1,8 @@
 """The Python API: `LLM` for batches, `Engine` for streams. Neither needs the server, aiohttp or uvloop.
 
-    llm = LLM()                                                  # the model in the box
-    for output in llm.generate(["Hello", "Once upon a time"], SamplingParams(max_tokens=32)):
-        print(output.outputs[0].text)
+llm = LLM()                                                  # the model in the box
+for output in llm.generate(["Hello", "Once upon a time"], SamplingParams(max_tokens=32)):
+    print(output.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class RequestOutput:
 class Engine:
     """The async API: many requests at once on one event loop.
 
-        async with Engine(EngineConfig(model=path)) as engine:
-            async for output in engine.generate("Hello", SamplingParams(max_tokens=32)):
-                print(output.outputs[0].text)
+    async with Engine(EngineConfig(model=path)) as engine:
+        async for output in engine.generate("Hello", SamplingParams(max_tokens=32)):
+            print(output.outputs[0].text)
     """
 
     def __init__(self, config: EngineConfig | None = None) -> None:
@@ -157,7 +157,7 @@ class Engine:
                 await arrived.wait()
                 arrived.clear()
                 events, inbox[:] = inbox[:], []
-                if any([_merge(result, event) for event in events]):
+                if any(_merge(result, event) for event in events):
                     yield result
         finally:
             for request_id, output in zip(ids, result.outputs, strict=True):
@@ -282,7 +282,9 @@ class LLM:
         """Answer one conversation."""
         return self._call(_last(self._engine.chat(messages, params)))
 
-    async def _generate_all(self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool) -> list[RequestOutput]:
+    async def _generate_all(
+        self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool
+    ) -> list[RequestOutput]:
         limit = asyncio.Semaphore(max(1, self._engine.streams.info.max_num_seqs * 4))
         with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=None if use_tqdm else True) as bar:
             tokens = 0
@@ -361,6 +363,7 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
         return [params or SamplingParams()] * count
     each = list(params)
     if len(each) != count:
-        raise InvalidRequestError(f"there are {count} prompts and {len(each)} SamplingParams; give one, or one per prompt", param="params")
+        raise InvalidRequestError(
+            f"there are {count} prompts and {len(each)} SamplingParams; give one, or one per prompt", param="params"
+        )
     return each
-

@@ -69,15 +69,11 @@ class SamplingParams:
             raise InvalidRequestError(f"stop must be at most {MAX_STOP_STRINGS} strings", param="stop")
         for text in stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
-                raise InvalidRequestError(
-                    f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop"
-                )
+                raise InvalidRequestError(f"each stop must be a string of 1 to {MAX_STOP_CHARS} characters", param="stop")
         object.__setattr__(self, "stop", tuple(stop))
         ids = self.stop_token_ids
         if not isinstance(ids, (list, tuple)) or len(ids) > MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(
-                f"stop_token_ids must be at most {MAX_STOP_TOKEN_IDS} token ids", param="stop_token_ids"
-            )
+            raise InvalidRequestError(f"stop_token_ids must be at most {MAX_STOP_TOKEN_IDS} token ids", param="stop_token_ids")
         for token_id in ids:
             _integer("stop_token_ids", token_id, 0, 2**31 - 1)
         object.__setattr__(self, "stop_token_ids", tuple(ids))

@@ -37,7 +37,9 @@ class TorchKVPool:
             ]
         except (RuntimeError, torch.OutOfMemoryError) as error:
             size = spec.num_blocks * spec.bytes_per_block
-            raise BackendError(f"{size / 2**30:.1f} GiB for {spec.num_blocks} KV blocks cannot be allocated; ask for less") from error
+            raise BackendError(
+                f"{size / 2**30:.1f} GiB for {spec.num_blocks} KV blocks cannot be allocated; ask for less"
+            ) from error
         self._flat = [tensor.flatten(1, 2) for tensor in self._layers]  # [2, num_slots, num_kv_heads, head_dim]
 
     @property
@@ -61,8 +63,7 @@ class TorchKVPool:
         """[len(block_ids), num_bytes] uint8 on the CPU: layer after layer, keys then values."""
         index = self._index(block_ids)
         parts = [
-            tensor[:, index].transpose(0, 1).reshape(len(block_ids), -1).contiguous().view(torch.uint8)
-            for tensor in self._layers
+            tensor[:, index].transpose(0, 1).reshape(len(block_ids), -1).contiguous().view(torch.uint8) for tensor in self._layers
         ]
         return torch.cat(parts, dim=1).cpu()
 
@@ -237,9 +238,7 @@ class TorchBackend:
             shape = (context, new, spec.window)
             if shape not in metadata.masks:
                 metadata.masks[shape] = _mask(context, new, spec.window, query)
-            result = F.scaled_dot_product_attention(
-                folded, keys, values, attn_mask=metadata.masks[shape], scale=spec.scale
-            )
+            result = F.scaled_dot_product_attention(folded, keys, values, attn_mask=metadata.masks[shape], scale=spec.scale)
         return result.permute(2, 1, 0, 3).reshape(new, spec.num_heads, spec.head_dim)
 
 

@@ -15,12 +15,16 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them."""
     defaults = EngineConfig()
     group = parser.add_argument_group("model and engine")
-    group.add_argument("model", nargs="?", metavar="MODEL", help="folder in Hugging Face's layout (default: the model in the box)")
+    group.add_argument(
+        "model", nargs="?", metavar="MODEL", help="folder in Hugging Face's layout (default: the model in the box)"
+    )
     group.add_argument("--served-model-name", help="what clients call the model")
     group.add_argument("--backend", default=defaults.backend, help="auto, torch, cuda, an entry point, or package.module:Class")
     group.add_argument("--device", default=defaults.device, help="torch device (default: what the backend wants)")
     group.add_argument("--dtype", default=defaults.dtype, choices=["auto", "float32", "bfloat16", "float16"])
-    group.add_argument("--load-format", default=defaults.load_format, choices=["safetensors", "dummy"], help="dummy = random weights")
+    group.add_argument(
+        "--load-format", default=defaults.load_format, choices=["safetensors", "dummy"], help="dummy = random weights"
+    )
     group.add_argument("--block-size", type=int, default=defaults.block_size, help="tokens per KV block (%(default)s)")
     group.add_argument("--num-blocks", type=int, help="size of the KV pool in blocks")
     group.add_argument("--kv-cache-memory", type=_size, metavar="SIZE", help="size of the KV pool, such as 2GiB")
@@ -41,7 +45,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scheduling-policy", default=defaults.scheduling_policy, choices=["fcfs", "priority"])
     group.add_argument("--seed", type=int, default=defaults.seed, help="of the random weights of --load-format dummy")
     group.add_argument("--no-look-ahead", dest="look_ahead", action="store_false", help="do not plan while a step runs")
-    group.add_argument("--poison", action="store_true", help="debug: fill new KV blocks with NaN and prove invariants after each step")
+    group.add_argument(
+        "--poison", action="store_true", help="debug: fill new KV blocks with NaN and prove invariants after each step"
+    )
 
 
 def engine_config(arguments: argparse.Namespace) -> EngineConfig:

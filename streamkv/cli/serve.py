@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allowed-origin", action="append", default=[], help="browser origin that may connect; may be repeated")
     group.add_argument("--allowed-host", action="append", default=[], help="name that may stand in Host; may be repeated")
     group.add_argument("--max-connections", type=int, default=defaults.max_connections, help="(%(default)s)")
-    group.add_argument("--drain-timeout", type=float, default=defaults.drain_timeout_s, help="seconds for running streams at SIGTERM (%(default)s)")
+    group.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=defaults.drain_timeout_s,
+        help="seconds for running streams at SIGTERM (%(default)s)",
+    )
     group.add_argument("--loop", choices=["uvloop", "asyncio"], default="asyncio" if sys.platform == "win32" else "uvloop")
     group.add_argument("--log-format", choices=["console", "json"], default="console")
     group.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")

@@ -95,7 +95,7 @@ def replay(lines: Iterable[str]) -> Scheduler:
                 scheduler.submit(tuple(record["ids"]), record["prompt"], rule, **record["options"])
             case "cancel":
                 error = tuple(record["error"]) if record["error"] else None
-                scheduler.cancel(record["id"], record["reason"], error)  # type: ignore[arg-type]  # JSON has no tuples
+                scheduler.cancel(record["id"], record["reason"], error)
             case "credit":
                 scheduler.credit(record["id"], record["limit"])
             case "plan":

@@ -19,9 +19,9 @@ __all__ = [
     "EngineRequest",
     "EngineStats",
     "FinishReason",
-    "StepOutput",
     "Sampling",
     "StepBatch",
+    "StepOutput",
     "TokenLogprobs",
 ]
 

@@ -77,7 +77,7 @@ class EngineConfig:
         """Folder to load."""
         if self.model is not None:
             return Path(self.model)
-        from streamkv.demo import model_path  # noqa: PLC0415  # only who asks for the model in the box needs it
+        from streamkv.demo import model_path  # only who asks for the model in the box needs it
 
         return model_path()
 

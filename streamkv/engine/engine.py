@@ -12,14 +12,14 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import structlog
 
 from streamkv.core.request import StopRule
 from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Event, Sampled, Step
-from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepOutput, StepBatch
+from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput
 from streamkv.engine.thread import RunnerThread
 from streamkv.errors import DrainingError, InvalidRequestError
 from streamkv.runner.params import RowParams
@@ -97,9 +97,7 @@ class InProcessEngine:
         if self._draining:
             raise DrainingError("the server is shutting down; send the request to another one")
         if max(request.prompt, default=0) >= self._info.vocab_size or min(request.prompt, default=0) < 0:
-            raise InvalidRequestError(
-                f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt"
-            )
+            raise InvalidRequestError(f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt")
         sampling = request.sampling
         self._scheduler.submit(
             request.ids,
@@ -301,9 +299,9 @@ class InProcessEngine:
 
     def _batch(self, events: list[Event]) -> StepBatch | None:
         # A cancelled request's earlier events are purged by the scheduler; its last event comes after all others.
-        outputs = [StepOutput(*_as_output(event)) for event in events]
+        outputs = [_as_output(event) for event in events]
         if self._ended:
-            outputs += [StepOutput(*_as_output(event)) for event in self._ended]
+            outputs += [_as_output(event) for event in self._ended]
             self._ended = []
         if not outputs:
             return None
@@ -315,6 +313,8 @@ class InProcessEngine:
         return StepBatch(outputs, self._clock())
 
 
-def _as_output(event: Event) -> tuple[object, ...]:
+def _as_output(event: Event) -> StepOutput:
+    # The core speaks plain strings; its reasons are those of the seam.
     logprobs = None if event.logprobs is None else (event.logprobs,)
-    return (event.id, event.tokens, event.state, logprobs, event.cached, event.finish_reason, event.error)
+    reason = cast("FinishReason | None", event.finish_reason)
+    return StepOutput(event.id, event.tokens, event.state, logprobs, event.cached, reason, event.error)

@@ -148,7 +148,7 @@ def _params(body: _Body, logprobs: int | None, num_ids: int) -> SamplingParams:
 
 
 def validation_error(error: Exception, prefix: str = "") -> InvalidRequestError:
-    """msgspec's message with the path taken out of it: `Expected `float`, got `str` - at `$.top_p``."""
+    """Msgspec's message with the path taken out of it: `Expected `float`, got `str` - at `$.top_p``."""
     text, _, path = str(error).partition(" - at `$")
     if isinstance(error, RecursionError):
         text = "the message is nested too deeply"

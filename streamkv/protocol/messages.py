@@ -51,7 +51,7 @@ class _Message(msgspec.Struct, tag_field="t", omit_defaults=True, frozen=True):
 # -- client to server -------------------------------------------------------------------------------------------------
 
 
-class Hello(_Message, tag="hello"):
+class Hello(_Message, tag="hello", frozen=True):
     """First frame, exactly once."""
 
     token: str | None = None
@@ -61,7 +61,7 @@ class Hello(_Message, tag="hello"):
     caps: list[str] | None = None
 
 
-class Create(_Message, tag="create"):
+class Create(_Message, tag="create", frozen=True):
     """A new stream, or one per sample with `ids`. `body` is the OpenAI HTTP body of that API."""
 
     api: str
@@ -73,7 +73,7 @@ class Create(_Message, tag="create"):
     priority: int = 0
 
 
-class Credit(_Message, tag="credit"):
+class Credit(_Message, tag="credit", frozen=True):
     """Absolute token offset that the client accepts."""
 
     id: StreamId
@@ -81,13 +81,13 @@ class Credit(_Message, tag="credit"):
     ack: int = 0
 
 
-class Cancel(_Message, tag="cancel"):
+class Cancel(_Message, tag="cancel", frozen=True):
     """End a stream; idempotent."""
 
     id: StreamId
 
 
-class Resume(_Message, tag="resume"):
+class Resume(_Message, tag="resume", frozen=True):
     """Go on after a lost connection."""
 
     id: StreamId
@@ -96,7 +96,7 @@ class Resume(_Message, tag="resume"):
     max: int | None = None
 
 
-class Fork(_Message, tag="fork"):
+class Fork(_Message, tag="fork", frozen=True):
     """A new stream that shares another one's blocks."""
 
     from_: StreamId = msgspec.field(name="from")
@@ -105,13 +105,13 @@ class Fork(_Message, tag="fork"):
     at: int | None = None
 
 
-class Ping(_Message, tag="ping"):
+class Ping(_Message, tag="ping", frozen=True):
     """Answered by `pong`; browsers cannot send WebSocket pings."""
 
     ts: float = 0.0
 
 
-class Bye(_Message, tag="bye"):
+class Bye(_Message, tag="bye", frozen=True):
     """Orderly end."""
 
     cancel: bool = True
@@ -133,7 +133,7 @@ class Limits(msgspec.Struct, frozen=True):
     ring: int = 0
 
 
-class Welcome(_Message, tag="welcome"):
+class Welcome(_Message, tag="welcome", frozen=True):
     """Reply to `hello`."""
 
     session: str
@@ -146,7 +146,7 @@ class Welcome(_Message, tag="welcome"):
     resumed: bool = False
 
 
-class Accepted(_Message, tag="accepted"):
+class Accepted(_Message, tag="accepted", frozen=True):
     """The request is valid and queued; `rid` names it in the server's log."""
 
     id: StreamId
@@ -154,7 +154,7 @@ class Accepted(_Message, tag="accepted"):
     prompt_tokens: int | None = None
 
 
-class Status(_Message, tag="status"):
+class Status(_Message, tag="status", frozen=True):
     """A change of state, or a sign of life while no delta flows."""
 
     id: StreamId
@@ -162,7 +162,7 @@ class Status(_Message, tag="status"):
     cached: int | None = None
 
 
-class Delta(_Message, tag="delta"):
+class Delta(_Message, tag="delta", frozen=True):
     """Text of tokens `o` .. `o + n - 1`."""
 
     id: StreamId
@@ -190,7 +190,7 @@ class Timings(msgspec.Struct, frozen=True):
     decode: float
 
 
-class Done(_Message, tag="done"):
+class Done(_Message, tag="done", frozen=True):
     """Last frame of a stream that did not fail."""
 
     id: StreamId
@@ -200,7 +200,7 @@ class Done(_Message, tag="done"):
     timings: Timings
 
 
-class Error(_Message, tag="error"):
+class Error(_Message, tag="error", frozen=True):
     """With `id`: last frame of that stream. Without: a notice to the connection."""
 
     code: str
@@ -211,14 +211,14 @@ class Error(_Message, tag="error"):
     retry_after_ms: int | None = None
 
 
-class Pong(_Message, tag="pong"):
+class Pong(_Message, tag="pong", frozen=True):
     """Reply to `ping`; `now` is the server's wall clock."""
 
     ts: float
     now: float
 
 
-class Drain(_Message, tag="drain"):
+class Drain(_Message, tag="drain", frozen=True):
     """The server is going away: no new streams; running ones have until the deadline."""
 
     deadline_ms: int

@@ -60,7 +60,9 @@ class StreamState(Enum):
     DONE = "done"
 
 
-_LIVE: Final = frozenset({StreamState.PREFILL, StreamState.DECODE, StreamState.PREEMPTED, StreamState.CANCELLING, StreamState.DONE})
+_LIVE: Final = frozenset(
+    {StreamState.PREFILL, StreamState.DECODE, StreamState.PREEMPTED, StreamState.CANCELLING, StreamState.DONE}
+)
 STREAM_MOVES: Final[dict[StreamState, frozenset[StreamState]]] = {
     StreamState.QUEUED: _LIVE,
     StreamState.PREFILL: _LIVE,
@@ -403,6 +405,11 @@ class Session:
         self._ready.clear()
         self._running.clear()
         return [CancelStream(stream_id) for stream_id in running]
+
+    @property
+    def closed(self) -> bool:
+        """True once nothing is sent any more."""
+        return self.state is ConnectionState.CLOSED
 
     @property
     def num_streams(self) -> int:

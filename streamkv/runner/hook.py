@@ -29,7 +29,9 @@ class KVContext:
     backend: AttentionBackend
     metadata: Any = None
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """[1, heads, num_tokens, head_dim] in, [1, num_tokens, heads, head_dim] out."""
         output = self.backend.attend(
             query[0].transpose(0, 1),  # [num_tokens, num_heads, head_dim]
@@ -48,7 +50,9 @@ class Probe:
 
     layers: dict[int, LayerSpec] = field(default_factory=dict)
 
-    def attend(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         """Record the layer's shapes and options; attends to nothing but each token itself."""
         index: int = module.layer_idx  # type: ignore[assignment]  # every attention module of transformers has it
         if query.shape[-1] != value.shape[-1]:

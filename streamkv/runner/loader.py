@@ -75,10 +75,7 @@ def load_model(
     _check_rope(config)
     torch_dtype = _resolve_dtype(config, dtype)
     target = torch.device(device)
-    if load_format == "dummy":
-        module = _dummy(config, torch_dtype, seed)
-    else:
-        module = _from_safetensors(path, config, torch_dtype)
+    module = _dummy(config, torch_dtype, seed) if load_format == "dummy" else _from_safetensors(path, config, torch_dtype)
     module = module.to(target).eval().requires_grad_(False)
     layers = _probe(module, target)
     model = LoadedModel(
@@ -174,9 +171,7 @@ def _dummy(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
     """Random weights of the right shapes; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=HOOK_NAME, trust_remote_code=False
-        )
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=HOOK_NAME, trust_remote_code=False)
 
 
 def _probe(module: Any, device: torch.device) -> tuple[LayerSpec, ...]:

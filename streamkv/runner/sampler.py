@@ -11,8 +11,8 @@ from typing import Final
 
 import torch
 
-from streamkv.sampling_params import TokenLogprobs
 from streamkv.runner.philox import uniform
+from streamkv.sampling_params import TokenLogprobs
 
 __all__ = ["SamplerRows", "kept_logits", "sample", "token_logprobs"]
 

@@ -206,4 +206,3 @@ async def run_until_signalled(server: Server, *, ready: asyncio.Event | None = N
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-

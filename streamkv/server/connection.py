@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import time
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 
 import structlog
 from aiohttp import WSMsgType, web
@@ -29,7 +30,14 @@ class Connection:
     """Carries out what the session wishes. Lives as long as the handler that awaits `run`."""
 
     def __init__(
-        self, name: str, socket: web.WebSocketResponse, request: web.Request, codec: Codec, session: Session, streams: TextStreams, config: ServerConfig
+        self,
+        name: str,
+        socket: web.WebSocketResponse,
+        request: web.Request,
+        codec: Codec,
+        session: Session,
+        streams: TextStreams,
+        config: ServerConfig,
     ) -> None:
         """Take over a prepared socket."""
         self.name = name
@@ -111,7 +119,7 @@ class Connection:
         engine_ids = {stream_id: f"{rid}.{index}" for index, stream_id in enumerate(wish.ids)}
         try:
             prepared = await self._streams.prepare(wish.body.prompt, wish.body.params, is_chat=wish.body.is_chat)
-            if self.session.state is ConnectionState.CLOSED:
+            if self.session.closed:
                 return
             self._stream_ids |= {engine_id: stream_id for stream_id, engine_id in engine_ids.items()}
             self._engine_ids |= engine_ids
@@ -126,7 +134,7 @@ class Connection:
             self._perform(self.session.refused(wish.ids, StreamKVError("the server failed on this request; its log says why")))
         else:
             self._log.info("stream_opened", rid=rid, streams=len(wish.ids), prompt_tokens=len(prepared.token_ids))
-            if self.session.state is ConnectionState.CLOSED:
+            if self.session.closed:
                 self._cancel_all()
             else:
                 self._perform(self.session.opened(wish.ids, rid, len(prepared.token_ids)))
@@ -146,8 +154,8 @@ class Connection:
         for engine_id in list(self._engine_ids.values()):
             self._spawn(self._streams.cancel(engine_id))
 
-    def _spawn(self, coroutine: object) -> None:
-        task = asyncio.create_task(coroutine)  # type: ignore[arg-type]  # always one of our coroutines
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -170,7 +178,7 @@ class Connection:
                     ttft=round(event.timings.ttft, 4),
                 )
             renamed.append(_renamed(event, stream_id))
-        if renamed and self.session.state is not ConnectionState.CLOSED:
+        if renamed and not self.session.closed:
             self._perform(self.session.events(renamed, time.monotonic()))
             if self.session.too_slow:
                 self._abort("slow_consumer")

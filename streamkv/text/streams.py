@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import msgspec
 import structlog
 
-from streamkv.engine.api import EngineClient, EngineRequest, FinishReason, StepOutput, StepBatch
+from streamkv.engine.api import EngineClient, EngineRequest, FinishReason, StepBatch, StepOutput
 from streamkv.errors import ContextLengthError, InvalidRequestError
 from streamkv.sampling_params import Sampling, SamplingParams, TokenLogprobs
 from streamkv.text.detokenizer import IncrementalDetokenizer

@@ -58,7 +58,7 @@ class TextTokenizer:
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
         kinds = {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))}
-        self.is_byte_level = kinds == {"ByteLevel"} or kinds == {"ByteLevel", "Sequence"}
+        self.is_byte_level = kinds in ({"ByteLevel"}, {"ByteLevel", "Sequence"})
         self.byte_ids: frozenset[int] = frozenset()
         self._bytes: dict[int, bytes] = {}
         if self.is_byte_level:
@@ -95,9 +95,7 @@ class TextTokenizer:
             raise InvalidRequestError("the model has no chat template; send a prompt instead of messages", param="messages")
         self._bound("".join(str(message.get("content", "")) for message in messages), "messages")
         guarded, fence = self._guard(messages)
-        text = self._template.render(
-            guarded, add_generation_prompt=add_generation_prompt, special_tokens=self._special_tokens
-        )
+        text = self._template.render(guarded, add_generation_prompt=add_generation_prompt, special_tokens=self._special_tokens)
         # Pieces between fences are a special token's text that somebody typed: never the token itself.
         ids: list[int] = []
         for index, piece in enumerate(text.split(fence) if fence else [text]):

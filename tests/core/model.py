@@ -65,9 +65,7 @@ class SlotMemory:
         position = 0
         sampled: list[tuple[int, ...]] = []
         failed: set[int] = set()
-        for index, (row, start, count, samples) in enumerate(
-            zip(step.rows, step.starts, step.counts, step.samples, strict=True)
-        ):
+        for index, (row, start, count, samples) in enumerate(zip(step.rows, step.starts, step.counts, step.samples, strict=True)):
             tokens = [self.last[row] if t == PENDING else t for t in step.tokens[position : position + count]]
             position += count
             state = self._compute(row, start, tokens)

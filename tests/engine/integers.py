@@ -40,7 +40,7 @@ class IntegerRunner:
         if self._failed:
             self.memory.update(step)
             raise RuntimeError("skipped")
-        names = {row: name for row, name in step.admitted}
+        names = dict(step.admitted)
         members = [names.get(row, self.memory.names[row]) for row in step.rows]
         try:
             nan = self.fault(step, members)

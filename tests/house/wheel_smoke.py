@@ -46,7 +46,9 @@ def main() -> int:
         (away / "pytest.ini").write_text(
             "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nmarkers =\n    smoke: works on the wheel\n    gpu: needs a GPU\n"
         )
-        check = "import streamkv, sys; assert sys.prefix in streamkv.__file__, streamkv.__file__; print('testing', streamkv.__file__)"
+        check = (
+            "import streamkv, sys; assert sys.prefix in streamkv.__file__, streamkv.__file__; print('testing', streamkv.__file__)"
+        )
         run(python, "-c", check, cwd=away)
         run(python, "-m", "pytest", "-q", "-m", "smoke", cwd=away)
     return 0

@@ -61,8 +61,6 @@ def generate(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.tensor([prompt])
     # An explicit mask: without it `generate` takes prompt tokens that equal the pad id for padding.
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
-    )
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
