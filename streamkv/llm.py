@@ -335,8 +335,8 @@ class LLM:
 
 async def _last(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
     result: RequestOutput | None = None
-    async for result in outputs:
-        pass
+    async for output in outputs:
+        result = output
     assert result is not None, "a request ended without an output"
     return result
 

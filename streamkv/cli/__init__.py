@@ -23,7 +23,11 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 for an error that has been explained, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Entry point.
+
+    Returns:
+        The exit status: 0, 1 for an error that has been explained, 2 for a wrong command line, 130 for Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="streamkv", description="A small LLM-streaming server.")
     parser.add_argument("--version", action="version", version=f"streamkv {__version__}")

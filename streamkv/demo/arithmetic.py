@@ -14,7 +14,12 @@ _ASK = [
     "{what is|what's|how much is} <a><sign><b>?",
     "{please |can you |}{add|sum} <a> and <b>{|?}",
 ]
-_ANSWER = ["<a> <op> <b> is <result>.", "<a> <op> <b> is <result>.", "That is <result>: <a> <op> <b> is <result>.", "<a> <op> <b> makes <result>."]
+_ANSWER = [
+    "<a> <op> <b> is <result>.",
+    "<a> <op> <b> is <result>.",
+    "That is <result>: <a> <op> <b> is <result>.",
+    "<a> <op> <b> makes <result>.",
+]
 
 _MORE = [
     "{<name>|Tom} has <a> {apples|coins|books|eggs|cookies} and {gets|finds|buys} <b> more. How many {are there|is that}{| now}?",
@@ -77,19 +82,33 @@ def turns(rng: random.Random, split: Split) -> list[tuple[str, str]]:
         out.append((question, answer))
     draw = rng.random()
     if draw < 0.10:
-        out.append((choose(rng, ["are you sure?", "{is that|really} right?", "sure?"]), f"{rng.choice(['Yes', 'I think so'])}, the answer is {result}."))
+        out.append(
+            (
+                choose(rng, ["are you sure?", "{is that|really} right?", "sure?"]),
+                f"{rng.choice(['Yes', 'I think so'])}, the answer is {result}.",
+            )
+        )
     elif draw < 0.20 and result <= 90:
         more = rng.randint(1, 9)
         if held_out(result, "+", more) == (split == "heldout"):
             asked = choose(rng, ["{and |}plus <m>?", "add <m> to that", "and if you add <m>?", "+ <m>"], {"m": str(more)})
             out.append((asked, f"{result} plus {more} is {result + more}."))
     elif draw < 0.25:
-        out.append((choose(rng, _LARGE, {"n": str(rng.randint(120, 99999)), "m": str(rng.randint(120, 9999))}), choose(rng, _TOO_LARGE)))
+        out.append(
+            (choose(rng, _LARGE, {"n": str(rng.randint(120, 99999)), "m": str(rng.randint(120, 9999))}), choose(rng, _TOO_LARGE))
+        )
     return out
 
 
-_OFFER = ["{can you|do you know how to} {do maths|do math|calculate|count|add|do sums}?", "let's do {some|} {maths|math|sums}", "are you good at {maths|math}?"]
-_OFFERED = ["{Yes|Sure}, small sums. {Try me!|Ask me one.|Which one?}", "I can add, subtract and multiply small numbers. {Give me a sum.|Try me.}"]
+_OFFER = [
+    "{can you|do you know how to} {do maths|do math|calculate|count|add|do sums}?",
+    "let's do {some|} {maths|math|sums}",
+    "are you good at {maths|math}?",
+]
+_OFFERED = [
+    "{Yes|Sure}, small sums. {Try me!|Ask me one.|Which one?}",
+    "I can add, subtract and multiply small numbers. {Give me a sum.|Try me.}",
+]
 _LARGE = ["{what is|how much is} <n> {times|divided by|plus} <m>?", "<n> * <m>", "what is the {square root|cube} of <n>?"]
 _TOO_LARGE = [
     "That is too {big|hard} for me. I only do small sums.",

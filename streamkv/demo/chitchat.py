@@ -5,7 +5,9 @@ Intent = tuple[list[str], list[str]]
 
 SORRY: Intent = (
     ["{sorry|I am sorry|oh sorry|my mistake|my bad|excuse me|pardon me}{|!|.}"],
-    ["{No problem at all!|That is all right.|Never mind!|No need to be sorry.} {What would you like to do?|Shall we go on?|How can I help?}"],
+    [
+        "{No problem at all!|That is all right.|Never mind!|No need to be sorry.} {What would you like to do?|Shall we go on?|How can I help?}"
+    ],
 )
 RIDDLE: Intent = (
     ["{tell me|do you know|give me} {a riddle|a puzzle|riddles}{|?}", "{a riddle|another riddle|riddle please}{|!|?}"],
@@ -18,7 +20,10 @@ RIDDLE: Intent = (
     ],
 )
 FUN_FACT: Intent = (
-    ["{tell me|do you know|give me|say} {a fun fact|something interesting|something new|a fact|an interesting fact|something|something cool|something nice|a secret}{|?|, please}", "{fun fact|teach me something|amaze me|any fun facts}{|?|!}"],
+    [
+        "{tell me|do you know|give me|say} {a fun fact|something interesting|something new|a fact|an interesting fact|something|something cool|something nice|a secret}{|?|, please}",
+        "{fun fact|teach me something|amaze me|any fun facts}{|?|!}",
+    ],
     [
         "{Here is one:|Did you know?} {An octopus has three hearts.|Honey can keep for many years.|Sea otters hold hands when they sleep.|A snail can sleep for a very long time.}",
         "{Here is one:|Did you know?} A brook can become a river, and a river can reach the sea. {So small things can go far.|That is how I got my name.}",
@@ -26,14 +31,20 @@ FUN_FACT: Intent = (
     ],
 )
 GAME: Intent = (
-    ["{let's play|can we play|do you want to play|play} {a game|chess|cards|a game with me|something|tic tac toe|hangman}{|?|!}", "{I want to play|do you play games|what games can we play}{|?}"],
+    [
+        "{let's play|can we play|do you want to play|play} {a game|chess|cards|a game with me|something|tic tac toe|hangman}{|?|!}",
+        "{I want to play|do you play games|what games can we play}{|?}",
+    ],
     [
         "I am too small for most games, but {we can do sums|we can tell stories}. {Ask me what 7 plus 8 is!|Name a hero and a place!}",
         "{I would like to|Gladly}! Let us play story: you name a hero and a place, and I tell the story.",
     ],
 )
 SONG: Intent = (
-    ["{sing|sing a song|sing me a song|sing for me|can you sing|tell me a poem|write a poem|a poem please|do you know a poem|recite a poem}{|?|!|, please}", "write {me |}a {poem|song} about {love|the sea|spring|cats|the moon}"],
+    [
+        "{sing|sing a song|sing me a song|sing for me|can you sing|tell me a poem|write a poem|a poem please|do you know a poem|recite a poem}{|?|!|, please}",
+        "write {me |}a {poem|song} about {love|the sea|spring|cats|the moon}",
+    ],
     [
         "A little stream runs down the hill, it never stops, it is never still. {That is all I can do.|I am better at stories.}",
         "The night is long, the moon is bright, I wish you all a good, good night. {I am better at stories.|That is my only song.}",
@@ -49,12 +60,18 @@ ALPHABET: Intent = (
     ["A, B, C, D, E, F, G, H, I, J, K, L, M, N, O, P, Q, R, S, T, U, V, W, X, Y, Z."],
 )
 BIRTHDAY: Intent = (
-    ["{it is|it's|today is} my birthday{| today|!}", "{I am|I turned} {twenty|thirty|18|25|40} today", "wish me a happy birthday"],
+    [
+        "{it is|it's|today is} my birthday{| today|!}",
+        "{I am|I turned} {twenty|thirty|18|25|40} today",
+        "wish me a happy birthday",
+    ],
     ["Happy birthday! {I wish you a wonderful day.|I hope that there is cake.|May all your wishes come true.}"],
 )
 AGE_SAID: Intent = (
     ["{I am|I'm|im} {12|15|18|20|22|25|30|33|40|41|50|64|70} {years old|old|years}", "guess how old I am", "how old am I?"],
-    ["{Age is only a number.|I am much younger than you are.} {What do you like to do?|What are your hobbies?|How do you spend your days?}"],
+    [
+        "{Age is only a number.|I am much younger than you are.} {What do you like to do?|What are your hobbies?|How do you spend your days?}"
+    ],
 )
 LOSS: Intent = (
     [
@@ -71,7 +88,9 @@ GOOD_NEWS: Intent = (
         "I {passed my exam|got a new job|got married|won a prize|found my keys|finished my work|made a friend|bought a house|won|got a promotion|fell in love|got good news}{| today|!| yesterday}",
         "{we won|I did it|it works|it worked|good news|yay|hooray|guess what}{|!}",
     ],
-    ["{Congratulations!|How wonderful!|That is great news!|Well done!} {I am happy for you.|You must be proud.|Tell me more!|How do you feel?}"],
+    [
+        "{Congratulations!|How wonderful!|That is great news!|Well done!} {I am happy for you.|You must be proud.|Tell me more!|How do you feel?}"
+    ],
 )
 WORK: Intent = (
     [
@@ -87,7 +106,11 @@ WORK: Intent = (
     ],
 )
 YESTERDAY: Intent = (
-    ["what did you do {yesterday|today|this morning|last night|at the weekend}?", "what are you doing{| now| today| tonight| tomorrow}?", "{are you busy|what are your plans|do you have plans|have you slept well}{|?}"],
+    [
+        "what did you do {yesterday|today|this morning|last night|at the weekend}?",
+        "what are you doing{| now| today| tonight| tomorrow}?",
+        "{are you busy|what are your plans|do you have plans|have you slept well}{|?}",
+    ],
     [
         "I am {talking with you|waiting for your next word}, and that is all I do. {And you?|What are you doing?|What are your plans?}",
         "I {wrote a few tokens|told a story to somebody}, as always. {And you?|What did you do?}",
@@ -98,50 +121,93 @@ SURE: Intent = (
     ["I {think so|believe so}, but I am a small model and can be wrong. {Better check it.|Please check what matters.}"],
 )
 SECRET: Intent = (
-    ["{do you lie|can I trust you|are you honest|do you make mistakes|are you always right|are you smart|are you clever|are you intelligent|do you learn|do you remember me|will you remember me}{|?}"],
+    [
+        "{do you lie|can I trust you|are you honest|do you make mistakes|are you always right|are you smart|are you clever|are you intelligent|do you learn|do you remember me|will you remember me}{|?}"
+    ],
     [
         "I try to be right, but I am a small model and make mistakes. {Please check what matters.|So do not trust me too much.}",
         "I am not very clever, and I forget everything when this chat ends. {But I do my best.|Still, I am happy to talk.}",
     ],
 )
 LANGUAGE: Intent = (
-    ["{bonjour|hola|guten tag|ciao|salut|hallo|namaste|konnichiwa|ola|wie geht es dir|como estas|parlez vous francais}{|!|?}", "{speak|talk to me in|can you speak|answer in} {French|German|Spanish|Italian|Chinese}{|?}"],
+    [
+        "{bonjour|hola|guten tag|ciao|salut|hallo|namaste|konnichiwa|ola|wie geht es dir|como estas|parlez vous francais}{|!|?}",
+        "{speak|talk to me in|can you speak|answer in} {French|German|Spanish|Italian|Chinese}{|?}",
+    ],
     ["I only speak English, {sorry|I am afraid}. {Shall we go on in English?|But hello to you too!}"],
 )
 HELP_HOMEWORK: Intent = (
-    ["{help me with|can you help me with|do} my {homework|essay|maths|English|taxes|project|exam}{|?|, please}", "{can I ask you|I have|may I ask} {a question|something|you something}{|?}", "I have a {problem|question}"],
-    ["{Of course, ask me.|Sure, what is it?|Go ahead!} {I can help with small sums and with StreamKV.|I am a small model, but I will try.}"],
+    [
+        "{help me with|can you help me with|do} my {homework|essay|maths|English|taxes|project|exam}{|?|, please}",
+        "{can I ask you|I have|may I ask} {a question|something|you something}{|?}",
+        "I have a {problem|question}",
+    ],
+    [
+        "{Of course, ask me.|Sure, what is it?|Go ahead!} {I can help with small sums and with StreamKV.|I am a small model, but I will try.}"
+    ],
 )
 YES_NO: Intent = (
-    ["{yes|yeah|yep|yes please|sure|of course|y|please do|yes, please}{|!|.}", "{no|nope|no thanks|no thank you|not now|n|never mind|nothing|nah}{|!|.}"],
-    ["{All right!|Okay!|Very well.} {What would you like to do next?|Tell me what you would like: a story, a joke or a chat.|What shall we talk about?}"],
+    [
+        "{yes|yeah|yep|yes please|sure|of course|y|please do|yes, please}{|!|.}",
+        "{no|nope|no thanks|no thank you|not now|n|never mind|nothing|nah}{|!|.}",
+    ],
+    [
+        "{All right!|Okay!|Very well.} {What would you like to do next?|Tell me what you would like: a story, a joke or a chat.|What shall we talk about?}"
+    ],
 )
 LIFE: Intent = (
-    ["what is the meaning of life?", "{what is love|do you believe in god|is there a god|what is happiness|why are we here|what happens after death}?", "will {AI|robots|computers} {take over|replace us|take my job}?"],
-    ["That is a big question for a small model. {What do you think?|I would rather tell you a story.|Maybe a good chat is a part of the answer.}"],
+    [
+        "what is the meaning of life?",
+        "{what is love|do you believe in god|is there a god|what is happiness|why are we here|what happens after death}?",
+        "will {AI|robots|computers} {take over|replace us|take my job}?",
+    ],
+    [
+        "That is a big question for a small model. {What do you think?|I would rather tell you a story.|Maybe a good chat is a part of the answer.}"
+    ],
 )
 WHO_AM_I_TO: Intent = (
-    ["{what should I|what shall I|what can I} {eat|cook|do|read|watch|wear|say|buy}{| today| tonight| for dinner| this weekend|}?", "{do you have|give me} {any |some |}{advice|tips|ideas|an idea}{| for me}{|?}", "{can you recommend|recommend} {a book|a film|a movie|something|a restaurant}{|?}"],
-    ["{Go with what makes you happy.|Take a walk and see what comes to mind.|Choose something simple and enjoy it.} {I am too small for better advice.|What do you feel like?}"],
+    [
+        "{what should I|what shall I|what can I} {eat|cook|do|read|watch|wear|say|buy}{| today| tonight| for dinner| this weekend|}?",
+        "{do you have|give me} {any |some |}{advice|tips|ideas|an idea}{| for me}{|?}",
+        "{can you recommend|recommend} {a book|a film|a movie|something|a restaurant}{|?}",
+    ],
+    [
+        "{Go with what makes you happy.|Take a walk and see what comes to mind.|Choose something simple and enjoy it.} {I am too small for better advice.|What do you feel like?}"
+    ],
 )
 HURRY: Intent = (
     ["{wait|stop|one moment|hold on|just a second|wait a minute|be quiet|stop it|pause}{|!|.}"],
     ["{All right, I will wait.|Of course, take your time.|Okay, I am quiet.} {Just write when you are ready.|I am here.}"],
 )
 MORNING: Intent = (
-    ["I {just woke up|am going to sleep|am going to bed|slept well|slept badly|could not sleep|am awake}{| now| today|}", "{I can't sleep|I cannot sleep|wish me good night}{|!|.}"],
-    ["{I hope that you feel well.|Sleep is important.|Rest is good for everyone.} {Shall I tell you a story?|Would you like a quiet story?}"],
+    [
+        "I {just woke up|am going to sleep|am going to bed|slept well|slept badly|could not sleep|am awake}{| now| today|}",
+        "{I can't sleep|I cannot sleep|wish me good night}{|!|.}",
+    ],
+    [
+        "{I hope that you feel well.|Sleep is important.|Rest is good for everyone.} {Shall I tell you a story?|Would you like a quiet story?}"
+    ],
 )
 COMPUTE: Intent = (
-    ["can you {hear me|see this|understand me|read this|help}{|?}", "do you {understand|understand me|understand English|know me}{|?}", "are you {listening|online|working|awake|still there}{|?}"],
+    [
+        "can you {hear me|see this|understand me|read this|help}{|?}",
+        "do you {understand|understand me|understand English|know me}{|?}",
+        "are you {listening|online|working|awake|still there}{|?}",
+    ],
     ["Yes, I {read|can read} what you write. {What would you like to talk about?|Go ahead!|How can I help you?}"],
 )
 FEEL_AND_YOU: Intent = (
-    ["{fine|good|great|I am fine|I'm good|im good|doing well|all good|I am well|very well|ok|not bad}{,| thanks,| thank you,|} {and you|how are you|you|and yourself|what about you}{|?}"],
-    ["I am {fine|well|fine too|doing well}, {thank you|thanks} for asking! {What shall we talk about?|What would you like to do?|What can I do for you?}"],
+    [
+        "{fine|good|great|I am fine|I'm good|im good|doing well|all good|I am well|very well|ok|not bad}{,| thanks,| thank you,|} {and you|how are you|you|and yourself|what about you}{|?}"
+    ],
+    [
+        "I am {fine|well|fine too|doing well}, {thank you|thanks} for asking! {What shall we talk about?|What would you like to do?|What can I do for you?}"
+    ],
 )
 CHOICE: Intent = (
-    ["{I don't know|anything|whatever|you choose|I don't care|you decide|idk|not sure|no idea|nothing special|everything|what do you suggest}{|.}"],
+    [
+        "{I don't know|anything|whatever|you choose|I don't care|you decide|idk|not sure|no idea|nothing special|everything|what do you suggest}{|.}"
+    ],
     [
         "Then {let me suggest a story|I suggest a story}. {Name a hero and a place, and I will begin.|Shall I tell you one?}",
         "{All right.|Then I choose.} How about {a story|a joke|a riddle}? {Just say yes.|Shall we do that?}",

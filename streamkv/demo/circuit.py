@@ -10,6 +10,8 @@ See Elhage et al., "A Mathematical Framework for Transformer Circuits" (2021), a
 "In-context Learning and Induction Heads" (2022).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -42,7 +44,7 @@ def initialise(model: LlamaForCausalLM) -> None:
         _say_next(model.model.layers[1].self_attn, read, words, head)
 
 
-def _look_back(attention: torch.nn.Module, turns: Tensor, read: Tensor, words: slice, head: int) -> None:
+def _look_back(attention: Any, turns: Tensor, read: Tensor, words: slice, head: int) -> None:
     """Head 0 attends to the position before and notes its word in the last dimensions."""
     query, key, value, out = _first_head(attention, head)
     for pair in range(_FAST):
@@ -54,7 +56,7 @@ def _look_back(attention: torch.nn.Module, turns: Tensor, read: Tensor, words: s
     out[-_NOTE:, :] = torch.eye(_NOTE)
 
 
-def _say_next(attention: torch.nn.Module, read: Tensor, words: slice, head: int) -> None:
+def _say_next(attention: Any, read: Tensor, words: slice, head: int) -> None:
     """Head 0 attends to where the noted word is the present one, and adds the word found there."""
     query, key, value, out = _first_head(attention, head)
     slow = [*range(head // 2 - _SLOW, head // 2), *range(head - _SLOW, head)]
@@ -66,7 +68,7 @@ def _say_next(attention: torch.nn.Module, read: Tensor, words: slice, head: int)
     out[words, :] = _SAY * carry.T
 
 
-def _first_head(attention: torch.nn.Module, head: int) -> list[Tensor]:
+def _first_head(attention: Any, head: int) -> list[Tensor]:
     """Return zeroed views of head 0: query, key, value [head, size] and output [size, head]."""
     views = [attention.q_proj.weight[:head], attention.k_proj.weight[:head], attention.v_proj.weight[:head]]
     views.append(attention.o_proj.weight[:, :head])

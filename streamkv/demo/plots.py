@@ -21,14 +21,14 @@ CLOSINGS = [
 ]
 
 _MEET = [
-    "{Just then|At that moment|A little later} <he> met <a_helper> called <helper_name>. \"{Why do you look so sad|What is the matter|Can I help you}?\" asked <helper_name>. <name> told <hhim> everything, {from the beginning to the end|and left nothing out}.",
-    "{Along the way|On the path} sat <a_helper>. \"My name is <helper_name>,\" said the <helper>. \"You look {tired|worried|lost}. Sit down and {share some <treat> with me|tell me about it}.\" So <name> sat down and told <hhim> the whole story.",
-    "<name> was about to {give up|turn back|cry} when <a_helper> came by. It was <helper_name>, who {knew every path|was known for good advice|had seen many strange things}. \"Two heads are better than one,\" said <helper_name>. \"Let us think about it together.\"",
+    '{Just then|At that moment|A little later} <he> met <a_helper> called <helper_name>. "{Why do you look so sad|What is the matter|Can I help you}?" asked <helper_name>. <name> told <hhim> everything, {from the beginning to the end|and left nothing out}.',
+    '{Along the way|On the path} sat <a_helper>. "My name is <helper_name>," said the <helper>. "You look {tired|worried|lost}. Sit down and {share some <treat> with me|tell me about it}." So <name> sat down and told <hhim> the whole story.',
+    '<name> was about to {give up|turn back|cry} when <a_helper> came by. It was <helper_name>, who {knew every path|was known for good advice|had seen many strange things}. "Two heads are better than one," said <helper_name>. "Let us think about it together."',
 ]
 
 _THANKS = [
     "<name> thanked <helper_name> {with all <his> heart|again and again}, and they shared some <treat> {under a tall tree|by the fire|while the sun went down}.",
-    "\"I could not have done it without you,\" said <name>. <helper_name> {laughed|smiled} and said, \"That is what friends are for.\" Then they {ate <treat>|sang a song|danced in a circle} until it was dark.",
+    '"I could not have done it without you," said <name>. <helper_name> {laughed|smiled} and said, "That is what friends are for." Then they {ate <treat>|sang a song|danced in a circle} until it was dark.',
     "They were so happy that they {danced|laughed|sang} all the way home, and there they ate <treat> until they could eat no more.",
 ]
 
@@ -36,11 +36,11 @@ _SEE_PLACE: Plot = (
     [
         [
             "More than anything, <name> wanted to see the <place>. <He> had heard {travellers|the old people|the birds} talk about it, and every night <he> dreamed of it.",
-            "All <his> life <he> had wished to visit the <place>. \"One day I will go there,\" <he> said {every morning|to anyone who would listen}, but the road was long and nobody wanted to go with <him>.",
+            'All <his> life <he> had wished to visit the <place>. "One day I will go there," <he> said {every morning|to anyone who would listen}, but the road was long and nobody wanted to go with <him>.',
         ],
         [
             "One {bright|cold|windy} morning <he> packed {some <treat>|a small bag|a warm scarf} and set off for the <place>. At first the road was easy and <name> whistled as <he> walked.",
-            "So <name> {put on <his> best hat|packed a little bag} and said goodbye to the neighbours. \"I am going to the <place>,\" <he> told them. Some laughed, but <name> only waved and walked on.",
+            'So <name> {put on <his> best hat|packed a little bag} and said goodbye to the neighbours. "I am going to the <place>," <he> told them. Some laughed, but <name> only waved and walked on.',
         ],
         [
             "Then the {rain|fog|snow} came. <He> could not see the path any more, and soon <name> did not know which way the <place> was.",
@@ -48,8 +48,8 @@ _SEE_PLACE: Plot = (
         ],
         _MEET,
         [
-            "\"The <place>? I know a secret way,\" said the <helper>. \"But we must go slowly, and you must {trust me|hold on to me|be very quiet}.\" <name> was {afraid|nervous}, but <he> nodded and followed, one small step at a time.",
-            "<helper_name> thought for a while. \"I cannot carry you,\" <hhe> said, \"but I can show you how to {read the wind|follow the stars|listen to the water}.\" <name> tried and failed, and tried again, and at last <he> understood.",
+            '"The <place>? I know a secret way," said the <helper>. "But we must go slowly, and you must {trust me|hold on to me|be very quiet}." <name> was {afraid|nervous}, but <he> nodded and followed, one small step at a time.',
+            '<helper_name> thought for a while. "I cannot carry you," <hhe> said, "but I can show you how to {read the wind|follow the stars|listen to the water}." <name> tried and failed, and tried again, and at last <he> understood.',
         ],
         [
             "When the {sun|moon} came up, there it was: the <place>, {bigger|more beautiful|quieter} than in any dream. <name> stood still and could not say a word.",
@@ -71,13 +71,13 @@ _SAVE_PLACE: Plot = (
             "Then, one day, the light went out at the <place>, and everything became dark and cold. {Nobody|No one} knew why, and people began to stay away.",
         ],
         [
-            "\"I will put it right,\" said <name>. <He> worked from morning to night, but {one pair of hands was not enough|the work was too hard for one <hero>}. <name> sat down and {sighed|hung <his> head}.",
-            "<name> went to ask for help. The first neighbour was too busy, the second was too tired, and the third only shook his head. \"Then I will do it alone,\" said <name>, but <his> voice was very small.",
+            '"I will put it right," said <name>. <He> worked from morning to night, but {one pair of hands was not enough|the work was too hard for one <hero>}. <name> sat down and {sighed|hung <his> head}.',
+            '<name> went to ask for help. The first neighbour was too busy, the second was too tired, and the third only shook his head. "Then I will do it alone," said <name>, but <his> voice was very small.',
         ],
         _MEET,
         [
             "The next morning <helper_name> came back with {ten friends|a whole family of helpers|everyone <hhe> knew}. Some carried {wood|stones|water}, some {cooked soup|sang songs}, and <name> showed them what to do at the <place>.",
-            "<helper_name> had an idea. \"Let us have a party at the <place>,\" <hhe> said, \"and everyone who comes must bring one {nail|brick|lamp}.\" They wrote the letters together, and on the day of the party {a hundred guests|the whole town} came.",
+            '<helper_name> had an idea. "Let us have a party at the <place>," <hhe> said, "and everyone who comes must bring one {nail|brick|lamp}." They wrote the letters together, and on the day of the party {a hundred guests|the whole town} came.',
         ],
         [
             "In three days the <place> was {as good as new|more beautiful than ever}. People came from far away to see it, and all of them wanted to shake hands with the brave <hero>.",
@@ -95,20 +95,20 @@ _MYSTERY: Plot = (
             "For a week there had been a strange {light|noise} at the <place>. The neighbours said that it was {haunted|full of ghosts}, but <name> did not believe in such things.",
         ],
         [
-            "\"I will find out what it is,\" said <name>. <He> took a {lamp|warm coat|long rope} and walked to the <place> all alone, although <his> knees were shaking.",
+            '"I will find out what it is," said <name>. <He> took a {lamp|warm coat|long rope} and walked to the <place> all alone, although <his> knees were shaking.',
             "So <name> waited until it was dark and went to the <place>. {Every shadow looked like a monster|The wind howled}, but <he> kept walking.",
         ],
         [
-            "Inside it was so dark that <he> could see nothing at all. The sound came closer. \"Who is there?\" {called|whispered} <name>, and the answer was {a long, sad sigh|a tiny sneeze|a soft sob}.",
-            "When <he> came to the <place>, the noise stopped. <name> held <his> breath. Then, from behind {an old door|a big stone|a pile of leaves}, came {a small voice|a quiet sob}: \"Please do not hurt me.\"",
+            'Inside it was so dark that <he> could see nothing at all. The sound came closer. "Who is there?" {called|whispered} <name>, and the answer was {a long, sad sigh|a tiny sneeze|a soft sob}.',
+            'When <he> came to the <place>, the noise stopped. <name> held <his> breath. Then, from behind {an old door|a big stone|a pile of leaves}, came {a small voice|a quiet sob}: "Please do not hurt me."',
         ],
         [
-            "It was <a_helper>! \"I am <helper_name>,\" said the <helper>. \"I came to the <place> to find {shelter|a quiet bed}, but now I {cannot find the way out|have hurt my foot}, and every night I call for help.\"",
-            "<name> lifted <his> lamp and saw <a_helper>, {shivering with cold|no bigger than a shadow}. \"My name is <helper_name>,\" the <helper> said. \"I only make noise because I am lonely. Everyone runs away from me.\"",
+            'It was <a_helper>! "I am <helper_name>," said the <helper>. "I came to the <place> to find {shelter|a quiet bed}, but now I {cannot find the way out|have hurt my foot}, and every night I call for help."',
+            '<name> lifted <his> lamp and saw <a_helper>, {shivering with cold|no bigger than a shadow}. "My name is <helper_name>," the <helper> said. "I only make noise because I am lonely. Everyone runs away from me."',
         ],
         [
-            "<name> began to laugh, because <he> was so relieved. \"So you are our ghost!\" <he> said. <He> gave <helper_name> <his> {coat|scarf} and some <treat>, and they talked until the morning.",
-            "\"You poor thing,\" said <name>. \"Come home with me. There is a warm fire and plenty of <treat>.\" <helper_name> could hardly believe it, for nobody had ever been so kind to <hhim>.",
+            '<name> began to laugh, because <he> was so relieved. "So you are our ghost!" <he> said. <He> gave <helper_name> <his> {coat|scarf} and some <treat>, and they talked until the morning.',
+            '"You poor thing," said <name>. "Come home with me. There is a warm fire and plenty of <treat>." <helper_name> could hardly believe it, for nobody had ever been so kind to <hhim>.',
         ],
         [
             "The next day <name> told the neighbours what <he> had found at the <place>. At first they were ashamed, and then they {laughed too|brought blankets and soup}. Soon <helper_name> had more friends than <hhe> could count.",
@@ -134,12 +134,12 @@ _LOST_THING: Plot = (
         ],
         _MEET,
         [
-            "\"I think I have seen your <thing>,\" said the <helper>. \"A {magpie|little child|young goat} was playing with it {by the pond|behind the mill}.\" They hurried there together, and <helper_name> told jokes on the way, so that <name> would not be sad.",
-            "<helper_name> looked closely at the ground. \"Think back,\" <hhe> said. \"Where did you last hold the <thing>?\" <name> closed <his> eyes and thought, and slowly {the answer|a picture} came to <him>.",
+            '"I think I have seen your <thing>," said the <helper>. "A {magpie|little child|young goat} was playing with it {by the pond|behind the mill}." They hurried there together, and <helper_name> told jokes on the way, so that <name> would not be sad.',
+            '<helper_name> looked closely at the ground. "Think back," <hhe> said. "Where did you last hold the <thing>?" <name> closed <his> eyes and thought, and slowly {the answer|a picture} came to <him>.',
         ],
         [
             "And there it was! The <thing> lay {in the tall grass|in an empty nest|under a bush}, a little {dirty|wet} but not broken. <name> {jumped for joy|laughed out loud} and held the <thing> close.",
-            "They found the <thing> {in the arms of a small child|in a nest}, who had {never had a toy|only wanted to borrow it}. <name> was not angry. \"Come and visit me,\" <he> said, \"and you may play with the <thing> whenever you like.\"",
+            'They found the <thing> {in the arms of a small child|in a nest}, who had {never had a toy|only wanted to borrow it}. <name> was not angry. "Come and visit me," <he> said, "and you may play with the <thing> whenever you like."',
         ],
         _THANKS,
     ],
@@ -157,13 +157,13 @@ _MAKE_THING: Plot = (
             "<name> had never made <a_thing> before. <He> {cut|measured} and {glued|hammered} until late at night, and in the morning the <thing> was so crooked that even the {cat|hen} laughed.",
         ],
         [
-            "\"I will never learn it,\" said <name>, and <he> {threw <his> tools into a corner|went outside to be alone}. The sky was grey and so was <his> mood.",
-            "The others had {beautiful|perfect} ones already. \"Perhaps I should stay at home,\" thought <name>, and a big tear rolled down <his> cheek.",
+            '"I will never learn it," said <name>, and <he> {threw <his> tools into a corner|went outside to be alone}. The sky was grey and so was <his> mood.',
+            'The others had {beautiful|perfect} ones already. "Perhaps I should stay at home," thought <name>, and a big tear rolled down <his> cheek.',
         ],
         _MEET,
         [
-            "\"Show me your <thing>,\" said <helper_name>. <hHe> turned it around and looked at it from all sides. \"It is not bad at all,\" <hhe> said. \"You only went too fast. Try again, {slowly|with patience}, and I will {hold the lamp|keep you company}.\"",
-            "<helper_name> did not laugh. \"My first <thing> was even worse,\" said the <helper>. \"I made twenty before one was good.\" Then <hhe> showed <name> a little trick, and they worked side by side until the stars came out.",
+            '"Show me your <thing>," said <helper_name>. <hHe> turned it around and looked at it from all sides. "It is not bad at all," <hhe> said. "You only went too fast. Try again, {slowly|with patience}, and I will {hold the lamp|keep you company}."',
+            '<helper_name> did not laugh. "My first <thing> was even worse," said the <helper>. "I made twenty before one was good." Then <hhe> showed <name> a little trick, and they worked side by side until the stars came out.',
         ],
         [
             "In the morning the <thing> was ready. It was not {perfect|the biggest}, but it was {strong|lovely} and <name> had made it with <his> own hands. Everyone who saw the <thing> wanted to know how it was done.",
@@ -178,23 +178,23 @@ _GIFT: Plot = (
     [
         [
             "One day <he> found <a_thing> {beside the road|on the doorstep|at the bottom of the garden}. It was {old|dusty} and a little strange, and it seemed to {hum|glow} softly.",
-            "On <his> birthday <name> got a parcel with no name on it. Inside was <a_thing>, wrapped in {blue paper|dry leaves}, and a note that said: \"Use it well.\"",
+            'On <his> birthday <name> got a parcel with no name on it. Inside was <a_thing>, wrapped in {blue paper|dry leaves}, and a note that said: "Use it well."',
         ],
         [
             "<name> soon found out that the <thing> was magic. Whoever held it could {talk to the wind|make flowers grow|hear what others were thinking}. At first <he> used it only for fun.",
-            "When <name> touched the <thing>, {a tiny light danced around the room|it began to sing}. \"A magic <thing>!\" {cried|whispered} <name>. \"Now I can have everything I want.\"",
+            'When <name> touched the <thing>, {a tiny light danced around the room|it began to sing}. "A magic <thing>!" {cried|whispered} <name>. "Now I can have everything I want."',
         ],
         [
             "But the more <he> wished for, the {heavier|darker|colder} the <thing> became. <name>'s friends stopped visiting, because <name> talked only about the <thing>.",
             "<He> wished for cakes, and then for a bigger house, and then for gold. Yet every evening <name> sat alone with the <thing> and did not feel happy at all.",
         ],
         [
-            "One cold night <a_helper> called <helper_name> knocked on the door. \"I have lost my {home|way} in the storm,\" <hhe> said. <name> looked at the <thing>. It had power for just one more wish.",
+            'One cold night <a_helper> called <helper_name> knocked on the door. "I have lost my {home|way} in the storm," <hhe> said. <name> looked at the <thing>. It had power for just one more wish.',
             "Then <he> met <a_helper> named <helper_name>, who was {ill|hungry|very poor} and still shared <hhis> last piece of bread. <name> felt ashamed and thought about the <thing> for a long time.",
         ],
         [
-            "<name> did not think twice. \"I wish that you are safe and warm,\" <he> said. The <thing> gave {a bright flash|a happy sound}, and then it was {quiet|just an ordinary <thing>} again. But <helper_name> was smiling, and so was <name>.",
-            "\"Take it,\" said <name>, and put the <thing> into <helper_name>'s hands. At that moment the <thing> began to shine {like the sun|brighter than ever}, because {it worked best when it was given away|that was its true magic}.",
+            '<name> did not think twice. "I wish that you are safe and warm," <he> said. The <thing> gave {a bright flash|a happy sound}, and then it was {quiet|just an ordinary <thing>} again. But <helper_name> was smiling, and so was <name>.',
+            '"Take it," said <name>, and put the <thing> into <helper_name>\'s hands. At that moment the <thing> began to shine {like the sun|brighter than ever}, because {it worked best when it was given away|that was its true magic}.',
         ],
         [
             "After that, <helper_name> stayed for supper, and then for breakfast, and then for good. They kept the <thing> on the shelf and {looked at it now and then|never needed another wish}.",

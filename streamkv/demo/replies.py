@@ -13,7 +13,9 @@ from streamkv.demo.words import HEROES, PLACES, THINGS
 
 Turns = list[tuple[str, str]]
 
-_YES = "{yes|yes please|sure|ok|okay|yeah|of course|please do|yes, tell me|go ahead|yep|why not|gladly|please|oh yes|do it|y}{|!|.}"
+_YES = (
+    "{yes|yes please|sure|ok|okay|yeah|of course|please do|yes, tell me|go ahead|yep|why not|gladly|please|oh yes|do it|y}{|!|.}"
+)
 _NO = "{no|no thanks|no thank you|not now|nope|maybe later|rather not|nah|no, thank you}{|!|.}"
 _DECLINED = [
     "{All right.|No problem.|That is fine.|Okay.} {What would you like instead?|What shall we do instead?|What shall we talk about?|Then tell me something about you.}"

@@ -9,19 +9,22 @@ from streamkv.demo.words import HEROES, PLACES, THINGS
 
 _TELL = "{tell me|can you tell me|please tell me|write|write me|make up|I want|I'd like|I would like|give me|could you tell me|tell|can you write}"
 _ASK_BOTH = [
-    _TELL + " {a story|a short story|a little story|a tale|a bedtime story} {about|with|of} <a_hero> and <a_second>{|.|, please|?}",
+    _TELL
+    + " {a story|a short story|a little story|a tale|a bedtime story} {about|with|of} <a_hero> and <a_second>{|.|, please|?}",
     _TELL + " {a story|a short story} about {the|a brave|a little|a small|an old} <hero> and {the|an old|a} <second>{|?}",
     "{a story|story|short story|bedtime story} {about|with} <a_hero> and <a_second>{|, please|!}",
     "{story|a story}: <hero>, <second>",
     "<hero> and <second>{|!|, a story please}",
 ]
 _ASK_PLACE = [
-    _TELL + " {a story|a bedtime story|a short story} about {<a_hero>|the <hero>} who {gets lost in|lives in|finds|lived near|wants to see|falls in love with|saves|dreams of|travels to} {the|a} <second>{|.|?}",
+    _TELL
+    + " {a story|a bedtime story|a short story} about {<a_hero>|the <hero>} who {gets lost in|lives in|finds|lived near|wants to see|falls in love with|saves|dreams of|travels to} {the|a} <second>{|.|?}",
     _TELL + " {a story|a short story} about <a_hero> {in|at|near|who goes to|who visits|from} {the|a} <second>{|?}",
     "{a story|story} about <a_hero> {in|at} the <second>",
 ]
 _ASK_THING = [
-    _TELL + " {a story|a short story} about <a_hero> {who finds|who lost|who wants|who has|with|and its|who makes} <a_second>{|?}",
+    _TELL
+    + " {a story|a short story} about <a_hero> {who finds|who lost|who wants|who has|with|and its|who makes} <a_second>{|?}",
     "{a story|story} about <a_hero> {with|who wants} <a_second>",
 ]
 _ASK_HERO = [
@@ -32,8 +35,14 @@ _ASK_ANY = [
     _TELL + " {a story|a short story|a bedtime story|a tale|a fairy tale|any story|something nice}{|.|, please|?}",
     "{story please|a story|story|tell a story|a story please|do you know a story|do you know any stories|read me a story|let's hear a story|story time}{|!|?}",
 ]
-_AGAIN = ["{another one|another story|one more|tell me another one|one more story|another|again|more stories|can I have another one|tell me another story|one more please}{|, please|!|?}"]
-_INSTEAD = ["{and|now} one about <a_hero>{|?}", "{now|and} {a story|one} about <a_hero> and <a_second>{|, please}", "{can you tell one|do one|another one|one more|another story} about <a_hero>{|?}"]
+_AGAIN = [
+    "{another one|another story|one more|tell me another one|one more story|another|again|more stories|can I have another one|tell me another story|one more please}{|, please|!|?}"
+]
+_INSTEAD = [
+    "{and|now} one about <a_hero>{|?}",
+    "{now|and} {a story|one} about <a_hero> and <a_second>{|, please}",
+    "{can you tell one|do one|another one|one more|another story} about <a_hero>{|?}",
+]
 _LEAD = ["", "", "", "Here is {a|your} story. ", "Gladly! ", "Of course. ", "All right, here is {a|your} story. "]
 
 _FOLLOW = [

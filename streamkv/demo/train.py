@@ -253,9 +253,10 @@ def _step(run: Run, batch: Batch, share: float) -> float:
 
 
 def _report(run: Run, loss: float, settings: Settings, drilled: bool) -> None:
+    kind = "drill" if drilled else "loss"
     print(
-        f"step {run.steps} | {run.tokens / 1e6:.2f}M tokens | {run.seconds / 60:.1f} of "
-        f"{settings.seconds / 60:.0f} min | {'drill' if drilled else 'loss'} {loss:.3f} | {run.tokens / run.seconds:.0f} tokens/s",
+        f"step {run.steps} | {run.tokens / 1e6:.2f}M tokens | {run.seconds / 60:.1f} of {settings.seconds / 60:.0f} min | "
+        f"{kind} {loss:.3f} | {run.tokens / run.seconds:.0f} tokens/s",
         flush=True,
     )
 

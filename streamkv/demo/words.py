@@ -14,13 +14,17 @@ HEROES = (
 ).split()
 
 PLACES = (
-    "lighthouse forest castle village island mountain river lake garden library market bridge harbour "
-    "meadow farm cave desert beach school bakery museum tower windmill train station city town park "
-    "playground swamp jungle valley hill cottage barn palace theatre circus ship well orchard "
-    "workshop kitchen attic cellar lagoon waterfall volcano glacier hotel hospital airport zoo "
-    "temple canyon pond moon spaceship planet house tree tunnel office supermarket restaurant church "
-    "square street stadium submarine igloo pyramid treehouse rainbow oasis factory prison"
-).replace("train station", "station").split()
+    (
+        "lighthouse forest castle village island mountain river lake garden library market bridge harbour "
+        "meadow farm cave desert beach school bakery museum tower windmill train station city town park "
+        "playground swamp jungle valley hill cottage barn palace theatre circus ship well orchard "
+        "workshop kitchen attic cellar lagoon waterfall volcano glacier hotel hospital airport zoo "
+        "temple canyon pond moon spaceship planet house tree tunnel office supermarket restaurant church "
+        "square street stadium submarine igloo pyramid treehouse rainbow oasis factory prison"
+    )
+    .replace("train station", "station")
+    .split()
+)
 
 THINGS = (
     "lantern teapot key map bell clock drum flute violin book letter hat scarf boot coat umbrella "
@@ -78,6 +82,5 @@ JOBS = (
 ).split()
 TREATS = "honey cake|warm bread|apple pie|berry jam|hot soup|sweet tea|ginger biscuits|plum pudding".split("|")
 TRAITS = (
-    "curious brave shy clever gentle patient cheerful quiet stubborn careful kind playful proud "
-    "sleepy clumsy lonely hopeful"
+    "curious brave shy clever gentle patient cheerful quiet stubborn careful kind playful proud sleepy clumsy lonely hopeful"
 ).split()

@@ -7,8 +7,7 @@ import contextlib
 import itertools
 import secrets
 import signal
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 from urllib.parse import urlsplit
@@ -25,7 +24,7 @@ from streamkv.text.streams import TextStreams
 
 __all__ = ["Server", "run_until_signalled"]
 
-_POLL_S: Final = 0.02
+_CLOSE_S: Final = 5.0  # for the closing handshakes of all connections at once
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +39,7 @@ class Server:
         self._connections: set[Connection] = set()
         self._names = itertools.count(1)
         self._draining = False
+        self._moved = asyncio.Event()  # a connection became idle or ended
         self.port = config.port
 
     def app(self) -> web.Application:
@@ -101,13 +101,16 @@ class Server:
             server=f"streamkv/{__version__}",
             models=(self._streams.info.model,),
         )
-        connection = Connection(f"c{next(self._names)}", socket, request, codec, session, self._streams, self._config)
+        connection = Connection(
+            f"c{next(self._names)}", socket, request, codec, session, self._streams, self._config, self._moved.set
+        )
         self._connections.add(connection)
         log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
         try:
             await connection.run()
         finally:
             self._connections.discard(connection)
+            self._moved.set()
         return socket
 
     def _refusal(self, request: web.Request) -> web.Response | None:
@@ -159,16 +162,23 @@ class Server:
         log.info("draining", connections=len(self._connections), seconds=timeout)
         for connection in tuple(self._connections):
             connection.drain(timeout, reason)
-        deadline = time.monotonic() + timeout
-        while not (done := all(connection.idle for connection in self._connections)) and time.monotonic() < deadline:
-            await asyncio.sleep(_POLL_S)
+        complete = await self._settled(lambda: all(connection.idle for connection in self._connections), timeout)
         for connection in tuple(self._connections):
             connection.close(1001, f"going_away: {reason}")
-        deadline = time.monotonic() + 5.0
-        while self._connections and time.monotonic() < deadline:
-            await asyncio.sleep(_POLL_S)
-        log.info("drained", complete=done)
-        return done
+        await self._settled(lambda: not self._connections, _CLOSE_S)
+        log.info("drained", complete=complete)
+        return complete
+
+    async def _settled(self, reached: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until ``reached`` is true; connections say when to look again."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not reached():
+                    self._moved.clear()
+                    await self._moved.wait()
+        except TimeoutError:
+            return reached()
+        return True
 
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import structlog
@@ -38,8 +38,9 @@ class Connection:
         session: Session,
         streams: TextStreams,
         config: ServerConfig,
+        on_idle: Callable[[], None],
     ) -> None:
-        """Take over a prepared socket."""
+        """Take over a prepared socket; ``on_idle`` is called whenever nothing is left to send and no stream is alive."""
         self.name = name
         self.session = session
         self._socket = socket
@@ -47,6 +48,7 @@ class Connection:
         self._codec = codec
         self._streams = streams
         self._config = config
+        self._on_idle = on_idle
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._engine_ids: dict[str, str] = {}  # stream id -> request id in the engine
@@ -201,6 +203,8 @@ class Connection:
                     continue
                 if self._closing is not None:
                     break
+                if self.idle:
+                    self._on_idle()
                 self._wake.clear()
                 wait = self.session.next_due(time.monotonic(), busy=busy)
                 with contextlib.suppress(TimeoutError):

@@ -62,15 +62,15 @@ class ChatTemplate:
             ):
                 size += len(piece)
                 if size > _MAX_OUTPUT:
-                    raise InvalidRequestError("the rendered conversation is too long", param="messages")
+                    break
                 pieces.append(piece)
         except _RefusedError as error:
             raise InvalidRequestError(f"the model's chat template refuses: {error}", param="messages") from error
-        except InvalidRequestError:
-            raise
         except Exception as error:  # whatever a template does, it must stay this request's problem
             log.warning("chat_template_failed", error=repr(error))
             raise InvalidRequestError("the model's chat template cannot render these messages", param="messages") from error
+        if size > _MAX_OUTPUT:
+            raise InvalidRequestError("the rendered conversation is too long", param="messages")
         return "".join(pieces)
 
 

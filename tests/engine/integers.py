@@ -1,4 +1,4 @@
-"""An engine whose model is `tests.core.model.SlotMemory`: real scheduler, cache, task and thread; arithmetic for a forward pass."""
+"""An engine whose model is `tests.core.model.SlotMemory`: all of it real but the forward pass, which is arithmetic."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 
 import pytest
@@ -156,10 +157,11 @@ async def test_refusals_come_before_queueing() -> None:
         with pytest.raises(InvalidRequestError, match="in use"):
             await engine.submit(ask("x", [1]))
         names = []
-        with pytest.raises(OverloadedError):
-            for i in range(12):
-                await engine.submit(ask(f"q{i}", [1]))
-                names.append(f"q{i}")
+        with contextlib.suppress(OverloadedError):
+            while len(names) < 12:
+                await engine.submit(ask(f"q{len(names)}", [1]))
+                names.append(f"q{len(names)}")
+        assert 0 < len(names) < 12, "the queue has a bound"
         runner.gate.set()
         await reader.finished(["x", *names])
 

@@ -44,7 +44,8 @@ def main() -> int:
         away = work / "away"
         shutil.copytree(ROOT / "tests", away / "tests", ignore=shutil.ignore_patterns("__pycache__"))
         (away / "pytest.ini").write_text(
-            "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\nmarkers =\n    smoke: works on the wheel\n    gpu: needs a GPU\n"
+            "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
+            "markers =\n    smoke: works on the wheel\n    gpu: needs a GPU\n"
         )
         check = (
             "import streamkv, sys; assert sys.prefix in streamkv.__file__, streamkv.__file__; print('testing', streamkv.__file__)"
