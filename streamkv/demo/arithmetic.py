@@ -1,4 +1,3 @@
-# ruff: noqa: E501 - a template reads best on one line
 """Small sums in words and in digits, with the follow-ups that people ask."""
 
 import random

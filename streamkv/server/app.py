@@ -101,9 +101,8 @@ class Server:
             server=f"streamkv/{__version__}",
             models=(self._streams.info.model,),
         )
-        connection = Connection(
-            f"c{next(self._names)}", socket, request, codec, session, self._streams, self._config, self._moved.set
-        )
+        name = f"c{next(self._names)}"
+        connection = Connection(name, socket, request, codec, session, self._streams, self._config, self._moved.set)
         self._connections.add(connection)
         log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
         try:

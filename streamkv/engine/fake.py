@@ -1,0 +1,213 @@
+"""An `EngineClient` without a model, for tests, benchmarks and people who build on the seam.
+
+It keeps the seam's promises (one batch a step, exactly one last output a request, refusals, credit, cancel in every
+state, drain) and computes nothing: every live request gets one token a step. `tests/engine/test_conformance.py` holds it
+and the real engine to the same tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput
+from streamkv.errors import ContextLengthError, DrainingError, InvalidRequestError, OverloadedError
+
+__all__ = ["FakeEngine", "Reply", "fake_info"]
+
+Reply = Callable[[EngineRequest, int, int], int]
+"""(request, branch, position of the output token) -> token id."""
+
+_MAX_BATCHES: Final = 1024
+
+
+def fake_info(*, vocab_size: int = 1024, max_model_len: int = 4096) -> EngineInfo:
+    """Facts of a made-up model."""
+    return EngineInfo(
+        model="fake",
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        eos_token_ids=(),
+        block_size=16,
+        num_blocks=1024,
+        max_num_seqs=1024,
+        max_num_batched_tokens=1024,
+        backend="none",
+        dtype="none",
+        epoch="fake",
+    )
+
+
+def _echo(request: EngineRequest, _branch: int, position: int) -> int:
+    return request.prompt[position % len(request.prompt)]
+
+
+@dataclass(slots=True)
+class _Live:
+    request: EngineRequest
+    branch: int
+    credit: int | None
+    num_tokens: int = 0
+
+
+class FakeEngine:
+    """Answers with ``reply`` (the prompt again and again by default), one token a request and step.
+
+    Args:
+        interval_s: time from one step to the next; 0 = as fast as the loop turns, and still yielding to it.
+        max_live: requests (samples) at once; more are refused as overload.
+    """
+
+    def __init__(
+        self, reply: Reply = _echo, *, info: EngineInfo | None = None, interval_s: float = 0.0, max_live: int = 4096
+    ) -> None:
+        """Nothing runs before `start`."""
+        self._reply = reply
+        self._info = info or fake_info()
+        self._interval_s = interval_s
+        self._max_live = max_live
+        self._live: dict[str, _Live] = {}
+        self._ended: list[StepOutput] = []
+        self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue(_MAX_BATCHES)
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start stepping on the running loop."""
+        self._task = asyncio.create_task(self._run(), name="streamkv-fake-engine")
+
+    def describe(self) -> EngineInfo:
+        """Constant facts about model and engine."""
+        return self._info
+
+    async def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises what `EngineClient.submit` says."""
+        if self._draining:
+            raise DrainingError("the server is shutting down; send the request to another one")
+        if not request.ids or len(set(request.ids)) < len(request.ids) or any(i in self._live for i in request.ids):
+            raise InvalidRequestError("every request id must be new and not in use", param="ids")
+        if not request.prompt:
+            raise InvalidRequestError("the prompt must have at least one token", param="prompt")
+        if max(request.prompt) >= self._info.vocab_size or min(request.prompt) < 0:
+            raise InvalidRequestError(f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt")
+        longest = len(request.prompt) + request.sampling.max_tokens
+        if longest > self._info.max_model_len:
+            raise ContextLengthError(f"prompt and max_tokens make {longest} tokens, more than {self._info.max_model_len}")
+        if len(self._live) + len(request.ids) > self._max_live:
+            raise OverloadedError("too many requests; try again later")
+        self._prompt_tokens += len(request.prompt) * len(request.ids)
+        for branch, request_id in enumerate(request.ids):
+            self._live[request_id] = _Live(request, branch, request.credit)
+        self._idle.clear()
+        self._wake.set()
+
+    async def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
+        """End a request; unknown and finished ids are ignored."""
+        if self._live.pop(request_id, None) is not None:
+            self._ended.append(StepOutput(request_id, finish_reason=reason))
+            self._wake.set()
+
+    async def credit(self, request_id: str, limit: int) -> None:
+        """Raise the absolute number of output tokens the client accepts."""
+        live = self._live.get(request_id)
+        if live is not None and live.credit is not None:
+            live.credit = max(live.credit, limit)
+            self._wake.set()
+
+    async def steps(self) -> AsyncIterator[StepBatch]:
+        """What steps produce, until the engine is closed."""
+        while (batch := await self._batches.get()) is not None:
+            yield batch
+
+    async def stats(self) -> EngineStats:
+        """Counters; blocks are made up: every live request holds one."""
+        used = min(len(self._live), self._info.num_blocks)
+        return EngineStats(
+            waiting=0,
+            running=len(self._live),
+            blocks_free=self._info.num_blocks - used,
+            blocks_cached=0,
+            blocks_used=used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=0,
+            output_tokens=self._output_tokens,
+            preemptions=0,
+            last_step_at=0.0,
+        )
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests, wait for the rest, cancel what is left after ``timeout`` seconds."""
+        self._draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        left = list(self._live)
+        for request_id in left:
+            await self.cancel(request_id)
+        return not left
+
+    async def close(self) -> None:
+        """Stop; every unfinished request gets its last output first. Idempotent."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        self._draining = True
+        for request_id in list(self._live):
+            await self.cancel(request_id)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        outputs, self._ended = self._ended, []
+        for item in ([StepBatch(outputs, time.monotonic())] if outputs else []) + [None]:
+            while self._batches.full():
+                self._batches.get_nowait()
+            self._batches.put_nowait(item)
+
+    async def _run(self) -> None:
+        due = time.monotonic()
+        while True:
+            outputs = self._step()
+            if outputs:
+                await self._batches.put(StepBatch(outputs, time.monotonic()))
+                due = max(due + self._interval_s, time.monotonic() - self._interval_s)
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                continue
+            if not self._live:
+                self._idle.set()
+            self._wake.clear()
+            await self._wake.wait()
+            due = time.monotonic()
+
+    def _step(self) -> list[StepOutput]:
+        outputs: list[StepOutput] = []
+        for request_id, live in list(self._live.items()):
+            if live.credit is not None and live.num_tokens >= live.credit:
+                continue
+            token = self._reply(live.request, live.branch, live.num_tokens)
+            first = live.num_tokens == 0
+            if first:
+                outputs.append(StepOutput(request_id, state="prefill", cached=0))
+            live.num_tokens += 1
+            sampling = live.request.sampling
+            reason: FinishReason | None = None
+            if token in sampling.stop_token_ids:
+                reason = "stop"
+            elif live.num_tokens >= sampling.max_tokens:
+                reason = "length"
+            outputs.append(StepOutput(request_id, (token,), state="decode" if first else None, finish_reason=reason))
+            if reason is not None:
+                del self._live[request_id]
+        self._output_tokens += sum(len(output.token_ids) for output in outputs)
+        if outputs:
+            self._steps += 1
+        ended, self._ended = self._ended, []
+        return outputs + ended
