@@ -69,7 +69,7 @@ class KVCache:
         self._enabled = enable_prefix_caching
         self._digest_size = digest_size
         self._holders: dict[str, Request] = {}
-        self._fences: deque[tuple[int, list[int]]] = deque()
+        self._fences: deque[tuple[int, list[int], Request]] = deque()  # (last step that writes them, ids, whose they were)
         self.num_fenced = 0
 
     # -- hashing --------------------------------------------------------------------------------------------------
@@ -231,15 +231,22 @@ class KVCache:
         if fence is None:
             self.pool.release(ids)
         elif ids:
-            self._fences.append((fence, ids))
+            self._fences.append((fence, ids, request))
             self.num_fenced += len(ids)
 
     def lift(self, step_id: int) -> None:
         """Step `step_id` has ended: release what was fenced for it or an earlier one."""
         while self._fences and self._fences[0][0] <= step_id:
-            _, ids = self._fences.popleft()
+            _, ids, _ = self._fences.popleft()
             self.num_fenced -= len(ids)
             self.pool.release(ids)
+
+    def spoiled(self, request: Request) -> list[int]:
+        """Blocks that only this request may have written and nobody can find, those it has left behind a fence included."""
+        pool = self.pool
+        fenced = (ids for _, ids, owner in self._fences if owner is request)
+        ids = [*request.blocks, *(block_id for left in fenced for block_id in left)]
+        return [block_id for block_id in ids if pool.count(block_id) == 1 and pool.serial(block_id) < 0]
 
     def own_tokens(self, request: Request) -> int:
         """Tokens that would have to be recomputed if the request lost its blocks: those that no other owner keeps."""
@@ -266,10 +273,10 @@ class KVCache:
         for request in self._holders.values():
             for block_id in request.blocks:
                 owners[block_id] = owners.get(block_id, 0) + 1
-        for _, ids in self._fences:
+        for _, ids, _ in self._fences:
             for block_id in ids:
                 owners[block_id] = owners.get(block_id, 0) + 1
-        assert self.num_fenced == sum(len(ids) for _, ids in self._fences), "fenced blocks are miscounted"
+        assert self.num_fenced == sum(len(ids) for _, ids, _ in self._fences), "fenced blocks are miscounted"
         self.pool.check(owners)
         pool = self.pool
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks, "a block is lost"

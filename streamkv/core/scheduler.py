@@ -481,12 +481,14 @@ class Scheduler:
         self._events = []
         size = self.cache.block_size
         failed, logprobs = sampled.failed, sampled.logprobs
-        self.cache.lift(step.id)
         for index, (request, count, new) in enumerate(zip(members, step.counts, sampled.tokens, strict=True)):
-            if request.state is State.FINISHED:
-                continue
             if index in failed:
-                events.append(self._fail_numerically(request))
+                # Whoever has left meanwhile has left its NaN behind the fence.
+                self._clears.extend(self.cache.spoiled(request))
+                if request.state is not State.FINISHED:
+                    events.append(self._fail_numerically(request))
+                continue
+            if request.state is State.FINISHED:
                 continue
             if request.state is State.RUNNING:
                 request.computed += count
@@ -496,6 +498,7 @@ class Scheduler:
                     self._release_held(request.id)
             if new:
                 events.append(self._append(request, new, logprobs.get(index) if logprobs else None))
+        self.cache.lift(step.id)
         return events
 
     def _append(self, request: Request, new: tuple[int, ...], logprobs: object) -> Event:
@@ -521,9 +524,7 @@ class Scheduler:
         return Event(request.id, new, "decode" if first else None, logprobs, None, reason)
 
     def _fail_numerically(self, request: Request) -> Event:
-        """End a request whose logits are NaN or Inf: nothing more of it is published, and its own blocks are cleared."""
-        pool = self.cache.pool
-        self._clears.extend(b for b in request.blocks if pool.count(b) == 1 and pool.serial(b) < 0)
+        """End a request whose logits are NaN or Inf: nothing more of it is published."""
         self._finish(request)
         message = "the model produced NaN or Inf for this request; other requests are not affected"
         return Event(request.id, finish_reason="error", error=("numerical_error", message))

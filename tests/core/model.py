@@ -15,6 +15,7 @@ from streamkv.core.scheduler import Scheduler, SchedulerConfig
 from streamkv.core.step import PENDING, Event, Sampled, Step
 
 VOCAB = 7
+NAN = -1  # what a failed row leaves in the slots it wrote
 
 
 def chain(previous: int, token: int) -> int:
@@ -57,6 +58,7 @@ class SlotMemory:
         self.tables: list[list[int]] = [[] for _ in range(num_rows)]
         self.names = [""] * num_rows
         self.last = [PENDING] * num_rows
+        self.doomed: set[str] = set()  # requests whose rows have come out as NaN
         self.computed_tokens = 0
 
     def run(self, step: Step, *, fail: frozenset[str] = frozenset()) -> Sampled:
@@ -68,12 +70,18 @@ class SlotMemory:
         for index, (row, start, count, samples) in enumerate(zip(step.rows, step.starts, step.counts, step.samples, strict=True)):
             tokens = [self.last[row] if t == PENDING else t for t in step.tokens[position : position + count]]
             position += count
+            name = self.names[row]
+            if name in fail or name in self.doomed:
+                self._spoil(row, start, count)
+                self.doomed.add(name)
+                failed.add(index)
+                self.last[row] = 0
+                sampled.append((0,) if samples else ())
+                continue
             state = self._compute(row, start, tokens)
-            token = next_token(state, branch_of(self.names[row])) if samples else PENDING
+            token = next_token(state, branch_of(name)) if samples else PENDING
             if samples:
                 self.last[row] = token
-            if self.names[row] in fail:
-                failed.add(index)
             sampled.append((token,) if samples else ())
         assert position == len(step.tokens), "tokens do not match counts"
         return Sampled(sampled, frozenset(failed))
@@ -82,14 +90,21 @@ class SlotMemory:
         """Everything of a step but the computation: also done for a step that is skipped after a failure."""
         for block in step.clears:
             self.slots[block] = [None] * self.block_size
-        contents = [list(self.slots[source]) for source, _ in step.copies]
+        # A fork may copy its leader's tail while that is being spoiled: behind what the copy is for, and overwritten.
+        contents = [[None if value == NAN else value for value in self.slots[source]] for source, _ in step.copies]
         for (_, target), content in zip(step.copies, contents, strict=True):
             self.slots[target] = content
         for row, name in step.admitted:
             self.names[row] = name
+            self.doomed.discard(name)
             self.tables[row] = []
         for row, first, ids in step.tables:
             self.tables[row][first:] = list(ids)
+
+    def _spoil(self, row: int, start: int, count: int) -> None:
+        """A row of NaN: every slot it writes holds NaN afterwards."""
+        for position in range(start, start + count):
+            self.slots[self.tables[row][position // self.block_size]][position % self.block_size] = NAN
 
     def _compute(self, row: int, start: int, tokens: list[int]) -> int:
         table, size = self.tables[row], self.block_size
@@ -171,10 +186,10 @@ class World:
             if event.finish_reason is not None:
                 self.reason[event.id] = event.finish_reason
 
-    def plan(self, *, fail: frozenset[str] = frozenset()) -> Step | None:
+    def plan(self, *, fail: frozenset[str] = frozenset(), only: frozenset[str] | None = None) -> Step | None:
         """Plan and run; the result waits for its commit, as with look-ahead."""
         self.now += 1.0
-        step = self.scheduler.plan(self.now)
+        step = self.scheduler.plan(self.now, only)
         if step is not None:
             self.steps.append(step)
             self.flight.append((step, self.memory.run(step, fail=fail)))
@@ -183,6 +198,38 @@ class World:
     def commit(self) -> None:
         step, sampled = self.flight.pop(0)
         self.take(self.scheduler.commit(step, sampled))
+
+    def check(self) -> None:
+        """The scheduler's own invariants, and: nobody can be handed a block with NaN in it."""
+        self.scheduler.check()
+        pool = self.scheduler.cache.pool
+        for block, slots in enumerate(self.memory.slots):
+            if NAN in slots and pool.count(block) == 0:
+                assert block in self.scheduler._clears, f"block {block} is available and holds NaN"
+
+    def run_once(self) -> None:
+        """One step without look-ahead."""
+        self.plan()
+        self.commit_all()
+
+    def commit_all(self) -> None:
+        while self.flight:
+            self.commit()
+
+    def crash(self, *, ran: bool, ahead: bool) -> list[str]:
+        """The next step raises, before or after its work; the one planned behind it is skipped. Returns the suspects."""
+        self.commit_all()
+        step = self.scheduler.plan(self.now)
+        if step is None:
+            return []
+        if ran:
+            self.memory.run(step)
+        else:
+            self.memory.update(step)
+        skipped = self.scheduler.plan(self.now) if ahead else None
+        if skipped is not None:
+            self.memory.update(skipped)
+        return self.scheduler.abandon()
 
     def cancel(self, request_id: str) -> None:
         event = self.scheduler.cancel(request_id)
@@ -195,12 +242,12 @@ class World:
             self.commit()
         for _ in range(limit):
             planned = self.plan()
-            self.scheduler.check()
+            self.check()
             if planned is None and not self.flight:
                 return
             while self.flight and (planned is None or len(self.flight) > int(look_ahead)):
                 self.commit()
-                self.scheduler.check()
+                self.check()
         raise AssertionError("no progress")
 
     def verify(self) -> None:
