@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pytest
 
 from streamkv.core.kv_cache import Hit, KVCache
@@ -84,6 +86,22 @@ def test_hashing_is_incremental_and_equals_hashing_at_once() -> None:
         cache.extend_keys(grown)
     assert grown.keys == ask(cache, list(range(13))).keys
     assert len(grown.keys) == 3
+
+
+def test_a_digest_covers_the_whole_prefix() -> None:
+    cache = KVCache(8, SIZE)
+    keys = ask(cache, [7] * 12).keys
+    assert len({digest for digest, _ in keys}) == 3, "equal blocks at different places"
+    assert len({packed for _, packed in keys}) == 1
+    assert keys[1][0] == sha256(keys[0][0] + keys[1][1]).digest()
+
+
+def test_a_freed_request_loses_its_tail_first() -> None:
+    cache = KVCache(3, SIZE)
+    first = written(cache, list(range(12)))
+    blocks = first.blocks
+    cache.free(first, None)
+    assert cache.pool.cached_ids() == blocks[::-1]
 
 
 def test_only_full_committed_blocks_are_published() -> None:

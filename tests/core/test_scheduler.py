@@ -104,10 +104,10 @@ def test_siblings_of_an_uncached_prefix_wait_until_it_is_written() -> None:
 
 
 def test_a_held_sibling_goes_on_alone_when_the_writer_is_cancelled() -> None:
-    world = World(num_blocks=32, budget=4)
+    world = World(num_blocks=32, budget=32)
     for name in ("writer", "held"):
         world.submit(name, [1, 2, 3, 4, 5, 6, 0, 1, 2], 2)
-    planned(world)
+    assert list(rows_of(world, planned(world))) == ["writer"]
     world.cancel("writer")
     world.run()
     assert world.reason == {"writer": "cancelled", "held": "length"}
@@ -187,9 +187,20 @@ def test_the_least_to_recompute_is_preempted_among_equals() -> None:
     assert preempted(world)[0] == "short"
 
 
-def test_a_parked_stream_is_preempted_before_anybody_else() -> None:
+def test_the_first_in_rank_is_never_a_victim_even_if_it_is_the_cheapest() -> None:
     world = World(num_blocks=8, block_size=4, max_num_seqs=3, budget=16)
-    world.submit("parked", [1, 2, 3, 1], 12, credit=3)
+    world.submit("first", [1], 16)
+    world.submit("long", [2] * 9, 12)
+    world.submit("longer", [3] * 10, 12)
+    world.run()
+    world.verify()
+    assert preempted(world)
+    assert "first" not in preempted(world)
+
+
+def test_a_parked_stream_is_preempted_before_anybody_else_however_much_it_costs() -> None:
+    world = World(num_blocks=8, block_size=4, max_num_seqs=3, budget=16)
+    world.submit("parked", [1, 2, 3, 1, 5, 5, 5, 5, 5], 12, credit=3)
     crowd(world, ["b", "c"])
     world.run()
     assert preempted(world)[0] == "parked"

@@ -1,0 +1,82 @@
+"""Plant bugs one by one; every one must turn the core's tests red: ``python tests/mutants/run.py [NAME ...]``.
+
+Each patch in `core/` is applied to a copy of the sources. It counts as noticed only if tests ran and one of them failed: a
+patch that does not apply, or that merely breaks an import, is an error of the patch and fails this run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PATCHES: Final = sorted((Path(__file__).parent / "core").glob("*.patch"))
+LIMIT_S: Final = 90
+COPIED: Final = ("streamkv", "tests", "pyproject.toml")
+
+
+def main() -> int:
+    """Print one line per planted bug and the sum; 0 if all were noticed."""
+    chosen = [patch for patch in PATCHES if not sys.argv[1:] or any(word in patch.name for word in sys.argv[1:])]
+    problem = run_tests(None)
+    if problem != "green":
+        print(f"the suite must be green before bugs are planted: {problem}")
+        return 1
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = pool.map(run_tests, chosen)
+        passed = 0
+        for number, (patch, verdict) in enumerate(zip(chosen, verdicts, strict=True), 1):
+            noticed = verdict.startswith("red")
+            passed += noticed
+            print(f"[{number}/{len(chosen)}] {'noticed' if noticed else 'NOT NOTICED'}: {patch.stem}: {verdict}", flush=True)
+    print(f"{passed} passed, {len(chosen) - passed} failed")
+    return 0 if passed == len(chosen) and chosen else 1
+
+
+def run_tests(patch: Path | None) -> str:
+    """Run the core's tests on a patched copy; "red: first failing test", "green", or what is wrong with the patch."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        work = Path(folder)
+        for name in COPIED:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, work / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+            else:
+                shutil.copy(source, work / name)
+        if patch is not None:
+            applied = subprocess.run(
+                ["git", "apply", "--unidiff-zero", str(patch)], cwd=work, check=False, capture_output=True, text=True
+            )
+            if applied.returncode:
+                return f"the patch does not apply: {applied.stderr.strip()}"
+        return judge(work)
+
+
+def judge(work: Path) -> str:
+    """What the tests say of the sources in ``work``; the cheapest tests come first."""
+    quick = sorted(
+        path.relative_to(work).as_posix() for path in (work / "tests/core").glob("test_*.py") if "machine" not in path.name
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *quick, "tests/core/test_machine.py"]
+    environment = os.environ | {"PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "verdict"}
+    try:
+        done = subprocess.run(command, cwd=work, env=environment, check=False, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return f"red: the tests did not end within {LIMIT_S} s"
+    if done.returncode == 0:
+        return "green"
+    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode != 1 or failed is None or "error during collection" in done.stdout:
+        return "the tests could not run: " + " ".join(done.stdout.split()[-30:])
+    return f"red: {failed[1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
