@@ -104,13 +104,14 @@ class Limits:
 class StepTensors:
     """One step's packed batch as the runner lays it out; sequence i owns rows query_start[i] : query_start[i + 1].
 
-    All on the CPU (a backend moves what it needs to its device), int32 but `slots`. Padding sequences have length 0,
-    padding rows slot -1.
+    All on the CPU (a backend moves what it needs to its device), int32 but `slots`. Padding comes last: sequences of
+    length 0, and rows with slot -1, which such a sequence may own or nobody; q, k, v hold anything there, NaN included.
 
     Attributes:
         query_start: [num_seqs + 1], prefix sums of the number of new tokens per sequence.
         seq_lens: [num_seqs], tokens whose KV is valid after this step's writes (context + new).
-        block_tables: [num_seqs, max_blocks], block ids; entries past ceil(seq_len / block_size) are arbitrary.
+        block_tables: [num_seqs, max_blocks], block ids; entries past ceil(seq_len / block_size) are arbitrary and may be
+            the id of no block.
         slots: [num_tokens] int64, block_id * block_size + offset where each new token's k and v go; -1 = nowhere.
     """
 
@@ -122,7 +123,7 @@ class StepTensors:
 
 @runtime_checkable
 class KVPool(Protocol):
-    """All blocks of one engine. Block ids are checked by the caller's `check`, not here."""
+    """All blocks of one engine. Block ids are checked by the caller's `check`, not here; no ids at all are fine."""
 
     @property
     def spec(self) -> KVSpec:
@@ -132,7 +133,7 @@ class KVPool(Protocol):
         """Copy whole blocks (source, destination), every layer; all sources are read before any destination is written."""
 
     def read(self, block_ids: list[int]) -> torch.Tensor:
-        """Contents on the CPU, [len(block_ids), num_bytes] uint8, in an order that only `write` of the same backend knows."""
+        """A copy on the CPU, [len(block_ids), num_bytes] uint8, in an order that only `write` of the same backend knows."""
 
     def write(self, block_ids: list[int], data: torch.Tensor) -> None:
         """Inverse of `read`."""
@@ -156,10 +157,14 @@ class AttentionBackend(Protocol):
         """Optional fused functions by name (see docs/backends.md); None = torch's own modules."""
 
     def allocate_kv(self, spec: KVSpec) -> KVPool:
-        """Allocate the pool, zeroed. Raises BackendError if `spec` is outside `limits` or memory is short."""
+        """Allocate the pool, zeroed; `attend` uses the latest one.
+
+        Raises:
+            BackendError: `spec` is outside `limits`, or memory is short.
+        """
 
     def prepare(self, tensors: StepTensors) -> Any:
-        """Turn a step's tensors into metadata that every layer of this step shares."""
+        """Turn a step's tensors, which stay as they are, into metadata that every layer of this step shares."""
 
     def attend(
         self,

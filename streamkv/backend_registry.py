@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import EntryPoint, entry_points
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
 
-from streamkv.attention import AttentionBackend, KVSpec
+from streamkv.attention import AttentionBackend, KVSpec, Limits
 from streamkv.errors import BackendError
 
 __all__ = ["GROUP", "available", "check_spec", "load_backend"]
 
 GROUP: Final = "streamkv.backends"
+_MEMBERS: Final = ("name", "limits", "ops", "allocate_kv", "prepare", "attend")
 
 
 def available() -> dict[str, EntryPoint]:
-    """Backends that installed packages declare, by name."""
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    """Backends that installed packages declare, by name.
+
+    Raises:
+        BackendError: two packages declare different backends under one name.
+    """
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        other = found.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise BackendError(
+                f"backend {entry.name!r} is declared twice, as {other.value} and as {entry.value}; uninstall one of the packages"
+            )
+    return found
 
 
 def load_backend(name: str, device: str = "auto") -> tuple[AttentionBackend, str]:
@@ -66,26 +79,41 @@ def _automatic(device: str) -> tuple[AttentionBackend, str]:
 
 
 def _import(name: str, module: str, attribute: str) -> Any:
+    if not all(part.isidentifier() for part in (*module.split("."), *(attribute or "").split("."))):
+        raise BackendError(f"backend {name!r} names no class; the form is package.module:Class")
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module == missing or module.startswith(f"{missing}."):
-            raise BackendError(f"backend {name!r}: there is no module {module}; install the package that has it") from error
+            raise BackendError(f"backend {name!r}: there is no module {missing}; install the package that has it") from error
         raise BackendError(f"backend {name!r}: {module} needs the module {missing}, which is not installed") from error
     except ImportError as error:
         raise BackendError(f"backend {name!r}: an import inside {module} failed: {error}") from error
+    except Exception as error:
+        raise BackendError(f"backend {name!r}: {module} cannot be imported: {error!r}") from error
     try:
-        return getattr(imported, attribute)
+        return attrgetter(attribute)(imported)
     except AttributeError as error:
         raise BackendError(f"backend {name!r}: {module} has no {attribute}") from error
 
 
 def _construct(name: str, factory: Any, device: str) -> AttentionBackend:
-    backend = factory(device)
-    if not isinstance(backend, AttentionBackend):
-        raise BackendError(f"backend {name!r} lacks a member of streamkv.attention.AttentionBackend")
-    return backend
+    if not callable(factory):
+        raise BackendError(f"backend {name!r} is no class but an object of type {type(factory).__name__}")
+    try:
+        backend = factory(device)
+    except BackendError:
+        raise
+    except Exception as error:
+        raise BackendError(f"backend {name!r} cannot be made for device {device!r}: {error!r}") from error
+    missing = [member for member in _MEMBERS if not hasattr(backend, member)]
+    if missing:
+        raise BackendError(f"backend {name!r} is no streamkv.attention.AttentionBackend: it lacks {', '.join(missing)}")
+    if not isinstance(backend.limits, Limits):
+        raise BackendError(f"backend {name!r}: its limits are no streamkv.attention.Limits")
+    made: AttentionBackend = backend
+    return made
 
 
 def check_spec(backend: AttentionBackend, spec: KVSpec) -> None:

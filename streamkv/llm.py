@@ -157,7 +157,8 @@ class Engine:
                 await arrived.wait()
                 arrived.clear()
                 events, inbox[:] = inbox[:], []
-                if any(_merge(result, event) for event in events):
+                changed = [_merge(result, event) for event in events]  # a list: `any` alone would stop at the first
+                if any(changed):
                     yield result
         finally:
             for request_id, output in zip(ids, result.outputs, strict=True):

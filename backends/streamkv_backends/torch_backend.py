@@ -62,9 +62,7 @@ class TorchKVPool:
     def read(self, block_ids: list[int]) -> torch.Tensor:
         """[len(block_ids), num_bytes] uint8 on the CPU: layer after layer, keys then values."""
         index = self._index(block_ids)
-        parts = [
-            tensor[:, index].transpose(0, 1).reshape(len(block_ids), -1).contiguous().view(torch.uint8) for tensor in self._layers
-        ]
+        parts = [tensor[:, index].transpose(0, 1).flatten(1).contiguous().view(torch.uint8) for tensor in self._layers]
         return torch.cat(parts, dim=1).cpu()
 
     def write(self, block_ids: list[int], data: torch.Tensor) -> None:
@@ -138,9 +136,12 @@ class TorchBackend:
         Raises:
             BackendError: torch has no such device.
         """
-        self._device = torch.device("cpu" if device == "auto" else device)
-        if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise BackendError(f"device {self._device} is asked for and torch sees no CUDA device; use --device cpu")
+        try:
+            self._device = torch.device("cpu" if device == "auto" else device)
+            torch.empty(0, device=self._device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch without CUDA raises AssertionError
+            sees = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+            raise BackendError(f"device {str(device)!r} is asked for and torch sees {sees}; use --device cpu") from error
         self._pool: TorchKVPool | None = None
 
     @property

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import shutil
 import sys
+from pathlib import Path
 
 import structlog
 
@@ -86,4 +89,15 @@ async def _announce(server: object, config: ServerConfig, ready: asyncio.Event) 
     await ready.wait()
     host = f"[{config.host}]" if ":" in config.host else config.host
     port = server.port  # type: ignore[attr-defined]  # a Server; importing it here would import aiohttp before it is needed
-    print(f"ready. In another terminal:  streamkv chat --url ws://{host}:{port}/v1/stream", flush=True)
+    print(f"ready. In another terminal:  {_this_program()} chat --url ws://{host}:{port}/v1/stream", flush=True)
+
+
+def _this_program() -> str:
+    """How a shell in the same folder finds it, whether or not its environment is activated."""
+    if shutil.which("streamkv"):
+        return "streamkv"
+    beside = Path(sys.executable).parent / "streamkv"
+    if not beside.exists():
+        return f"{sys.executable} -m streamkv"
+    here = os.path.relpath(beside)
+    return here if len(here) < len(str(beside)) else str(beside)

@@ -113,9 +113,12 @@ class ModelRunner:
     def _poison_new_blocks(self, step: Step) -> None:
         filled = {target for _, target in step.copies}
         admitted = {row for row, _ in step.admitted}
-        # The table of an admitted row begins with blocks that it shares, and they hold what others wrote.
-        fresh = [ids for row, first, ids in step.tables if not (row in admitted and first == 0)]
-        new = [block for ids in fresh for block in ids if block not in filled]
+        starts = dict(zip(step.rows, step.starts, strict=True))
+        new: list[int] = []
+        for row, first, ids in step.tables:
+            # The table of an admitted row begins with blocks that it shares, and they hold what others wrote.
+            shared = -(-starts[row] // self._block_size) if row in admitted and first == 0 else 0
+            new += [block for block in ids[shared:] if block not in filled]
         if new:
             self._pool.fill(new, float("nan"))
 
