@@ -98,6 +98,10 @@ class InProcessEngine:
             raise DrainingError("the server is shutting down; send the request to another one")
         if max(request.prompt, default=0) >= self._info.vocab_size or min(request.prompt, default=0) < 0:
             raise InvalidRequestError(f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt")
+        for request_id in request.ids:
+            # The scheduler forgets a cancelled request at once; here its last output may still be waiting to be sent.
+            if request_id in self._params:
+                raise InvalidRequestError(f"request id {request_id!r} is in use", param="id")
         sampling = request.sampling
         self._scheduler.submit(
             request.ids,

@@ -92,12 +92,16 @@ class FakeEngine:
         """Queue a request. Raises what `EngineClient.submit` says."""
         if self._draining:
             raise DrainingError("the server is shutting down; send the request to another one")
-        if not request.ids or len(set(request.ids)) < len(request.ids) or any(i in self._live for i in request.ids):
+        # An id is in use until its last output is on its way, so that two requests' outputs never mix.
+        used = self._live.keys() | {output.id for output in self._ended}
+        if not request.ids or len(set(request.ids)) < len(request.ids) or not used.isdisjoint(request.ids):
             raise InvalidRequestError("every request id must be new and not in use", param="ids")
         if not request.prompt:
             raise InvalidRequestError("the prompt must have at least one token", param="prompt")
         if max(request.prompt) >= self._info.vocab_size or min(request.prompt) < 0:
             raise InvalidRequestError(f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt")
+        if request.sampling.max_tokens < 1:
+            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
         longest = len(request.prompt) + request.sampling.max_tokens
         if longest > self._info.max_model_len:
             raise ContextLengthError(f"prompt and max_tokens make {longest} tokens, more than {self._info.max_model_len}")
