@@ -87,7 +87,9 @@ async def _serve(engine_settings: EngineConfig, config: ServerConfig) -> int:
 async def _announce(server: object, config: ServerConfig, ready: asyncio.Event) -> None:
     """One line to paste into a second terminal."""
     await ready.wait()
-    host = f"[{config.host}]" if ":" in config.host else config.host
+    # "Every address" is none that can be connected to everywhere.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104  # compared, not bound
+    host = f"[{host}]" if ":" in host else host
     port = server.port  # type: ignore[attr-defined]  # a Server; importing it here would import aiohttp before it is needed
     print(f"ready. In another terminal:  {_this_program()} chat --url ws://{host}:{port}/v1/stream", flush=True)
 

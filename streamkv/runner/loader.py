@@ -68,7 +68,7 @@ def load_model(
     """
     check_folder(path, weights=load_format == "safetensors")
     register()
-    config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = _read_config(path)
     architecture = (config.architectures or ["an unnamed architecture"])[0]
     if architecture not in SERVED_ARCHITECTURES:
         raise ModelLoadError(f"{architecture} is not served; served are {', '.join(sorted(SERVED_ARCHITECTURES))}")
@@ -91,6 +91,14 @@ def load_model(
     count = sum(parameter.numel() for parameter in module.parameters())
     log.info("model_loaded", architecture=architecture, parameters=count, dtype=str(torch_dtype), layers=len(layers))
     return model
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and its validators raise many kinds
+        log.exception("config_refused", path=str(path))
+        raise ModelLoadError(f"transformers refuses {path}/config.json; the log says why") from error
 
 
 def check_folder(path: Path, *, weights: bool) -> None:
@@ -157,7 +165,7 @@ def _from_safetensors(path: Path, config: PretrainedConfig, dtype: torch.dtype) 
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # transformers, torch and safetensors raise kinds of their own
         log.exception("model_load_failed", path=str(path))
         raise ModelLoadError(f"the weights in {path} do not fit its config.json") from error
     missing = sorted(report["missing_keys"])
@@ -189,10 +197,14 @@ def _eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
     value: object = config.eos_token_id
     generation = path / "generation_config.json"
     if generation.is_file():
-        value = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", value)
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)  # type: ignore[call-overload]  # checked by transformers
+        try:
+            value = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", value)
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ModelLoadError(f"{generation} cannot be read as a JSON object") from error
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ModelLoadError(f"eos_token_id of {path} must be an integer or a list of integers")
+    return tuple(ids)
 
 
 def _fingerprint(path: Path, dtype: torch.dtype, seed: int | None) -> str:

@@ -53,8 +53,8 @@ def num_blocks_for(
     peak = measure_step(model, backend, block_size=block_size, num_tokens=min(max_num_batched_tokens, max_model_len))
     free = free_memory(model.device)
     count = int((free - peak) * memory_fraction) // bytes_per_block
-    # More than all rows at full length can only serve as prefix cache: twice that is plenty.
-    count = min(count, 2 * max_num_seqs * longest)
+    # More than all rows at full length would serve as prefix cache only; who wants that says how much.
+    count = min(count, max_num_seqs * longest)
     if count < longest:
         raise ConfigError(
             f"the free memory holds {max(count, 0)} KV blocks and one request of {max_model_len} tokens needs {longest}; "

@@ -22,7 +22,7 @@ $engine build ${BUILD_FLAGS:-} --build-arg PYTHON_IMAGE="${PYTHON_IMAGE:-docker.
 say "up"
 trap '$compose -p $name down >/dev/null 2>&1 || true' EXIT
 $compose -p "$name" up -d --no-build
-container=$($engine ps --filter "ancestor=streamkv:cpu" --format '{{.Names}}' | head -1)
+container=$($engine ps --filter "name=$name" --format '{{.Names}}' | head -1)
 [ -n "$container" ] || { echo "FAILED: no container is running" >&2; exit 1; }
 
 say "ready on the published port"
