@@ -20,15 +20,16 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from streamkv.demo import circuit, model_path
+from streamkv.demo import arithmetic, circuit, model_path
 from streamkv.demo import tokenizer as vocabulary
 from streamkv.demo.corpus import dialogue, dialogues
-from streamkv.demo.text import Message
+from streamkv.demo.text import Message, casual
 
 MAX_LENGTH = 4096  # tokens; the context the model is made for
 LONG_ONE_IN = 60  # batches; how often a batch is one or two dialogues that fill the context
 OTHERS_WEIGHT = 0.1  # of the loss on what the user says: it teaches the words, not the manners
 DRILL_ONE_IN = 12  # batches; how often a batch is a copying drill
+SUMS_ONE_IN = 2  # batches; how often a batch is nothing but sums: in dialogues two tokens in a hundred are a result's digits
 POOL = 512  # dialogues sorted by length before they are cut into batches
 
 
@@ -126,6 +127,21 @@ def drill(rng: random.Random, batch_tokens: int, length: int = 128) -> Batch:
         once = [rng.randrange(len(vocabulary.SPECIAL), vocabulary.VOCAB_SIZE) for _ in range(period)]
         repeated = (once * (length // period + 1))[: length - 1]
         rows.append(([vocabulary.BOS_ID, *repeated], [i > period for i in range(length)]))
+    return collate(rows)
+
+
+def sums(tokenizer: Tokenizer, rng: random.Random, batch_tokens: int, length: int = 96) -> Batch:
+    """Return rows of sums, each a dialogue of its own."""
+    rows: list[tuple[list[int], list[bool]]] = []
+    for _ in range(batch_tokens // length):
+        messages: list[Message] = []
+        token_ids: list[int] = []
+        own: list[bool] = []
+        while len(token_ids) < length:
+            question, answer, _ = arithmetic.ask(rng, "train")
+            messages += [{"role": "user", "content": casual(rng, question)}, {"role": "assistant", "content": answer}]
+            token_ids, own = vocabulary.encode(tokenizer, messages)
+        rows.append((token_ids, own))
     return collate(rows)
 
 
@@ -227,7 +243,12 @@ def train(settings: Settings) -> None:
         started = time.monotonic()
         progress = run.seconds / settings.seconds
         drilled = rng.randrange(DRILL_ONE_IN) == 0
-        batch = drill(rng, settings.batch_tokens) if drilled else next(source)
+        if drilled:
+            batch = drill(rng, settings.batch_tokens)
+        elif rng.randrange(SUMS_ONE_IN) == 0:
+            batch = sums(tokenizer, rng, settings.batch_tokens)
+        else:
+            batch = next(source)
         loss = _step(run, batch, rate(progress))
         run.seconds += time.monotonic() - started
         if run.steps % 25 == 0 or (drilled and run.steps % 8 == 0):
