@@ -44,7 +44,8 @@ mutants: install  ## plant bugs one by one; every one must turn a test red
 	@$(BIN)/python tests/mutants/run.py
 
 bench: install  ## the short benchmarks; docs/benchmarks.md lists all
-	@$(BIN)/python benchmarks/core.py
+	@$(BIN)/python -m benchmarks.core
+	@$(BIN)/python -m benchmarks.server
 
 clean:  ## remove what was built
 	@rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,6 +6,9 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
+# Before torch is imported, also in processes that tests start: the models are tiny, and spinning threads fight over cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
 # Planted bugs need a verdict, not the smallest example.
