@@ -21,7 +21,7 @@ COPY kernels_cuda kernels_cuda
 RUN /opt/streamkv/bin/python -m pip install --no-deps .
 
 FROM ${PYTHON_IMAGE}
-RUN useradd --system --uid 10001 --create-home streamkv
+RUN useradd --uid 10001 --create-home streamkv
 COPY --from=build /opt/streamkv /opt/streamkv
 ENV PATH=/opt/streamkv/bin:$PATH PYTHONUNBUFFERED=1
 USER streamkv

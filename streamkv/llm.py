@@ -171,8 +171,11 @@ def _split(prompt: PromptInput) -> tuple[str | None, Prompt]:
     if isinstance(prompt, str):
         return prompt, prompt
     if isinstance(prompt, Mapping):
-        if "prompt_token_ids" in prompt:
-            return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+        ids = prompt.get("prompt_token_ids")
+        if isinstance(ids, (list, tuple)):
+            return prompt.get("prompt"), list(ids)
+        if ids is not None:
+            raise InvalidRequestError("prompt_token_ids must be a list of integers", param="prompt")
         if isinstance(prompt.get("prompt"), str):
             return prompt["prompt"], prompt["prompt"]
         raise InvalidRequestError("a prompt object needs prompt_token_ids or prompt", param="prompt")
@@ -307,8 +310,10 @@ class LLM:
         """Free model and pool. Idempotent; also done when a `with` block is left."""
         if self._closed:
             return
-        self._call(self._engine.__aexit__(None, None, None))
-        self._stop_loop()
+        try:
+            self._call(self._engine.__aexit__(None, None, None))
+        finally:
+            self._stop_loop()
 
     def __enter__(self) -> Self:
         return self
@@ -353,6 +358,8 @@ async def _unwrapped(coroutine: Coroutine[Any, Any, T]) -> T:
 def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise InvalidRequestError("prompts is a prompt or a list of prompts", param="prompt")
     listed: list[Any] = list(prompts)
     if listed and all(isinstance(item, int) for item in listed):
         return [listed]
@@ -362,7 +369,9 @@ def _as_list(prompts: PromptInput | Sequence[PromptInput]) -> list[PromptInput]:
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    each = list(params)
+    each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params]
+    if not all(isinstance(item, SamplingParams) for item in each):
+        raise InvalidRequestError("params must be SamplingParams, or a list of them", param="params")
     if len(each) != count:
         raise InvalidRequestError(
             f"there are {count} prompts and {len(each)} SamplingParams; give one, or one per prompt", param="params"

@@ -7,7 +7,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from streamkv.errors import InvalidRequestError, ModelNotFoundError, StreamKVError
+from streamkv.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, StreamKVError
 from streamkv.protocol.messages import Codec
 from streamkv.sampling_params import SamplingParams
 
@@ -15,6 +15,7 @@ __all__ = ["APIS", "ParsedBody", "parse_body", "validation_error"]
 
 _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
 _MAX_MESSAGES: Final = 1024
+_MAX_ERROR_CHARS: Final = 200
 
 T = TypeVar("T")
 
@@ -73,11 +74,14 @@ class ParsedBody(msgspec.Struct, frozen=True):
     is_chat: bool
 
 
-def parse_body(api: str, raw: msgspec.Raw, codec: Codec, *, models: Sequence[str], num_ids: int) -> ParsedBody:
+def parse_body(
+    api: str, raw: msgspec.Raw, codec: Codec, *, models: Sequence[str], num_ids: int, max_model_len: int
+) -> ParsedBody:
     """Check a body.
 
     Args:
         num_ids: how many streams the `create` names; `n` must agree.
+        max_model_len: most tokens of a request; what can be told without tokenising is told here.
 
     Raises:
         InvalidRequestError: with the path of the field at fault in `param`.
@@ -96,9 +100,11 @@ def parse_body(api: str, raw: msgspec.Raw, codec: Codec, *, models: Sequence[str
         raise InvalidRequestError(f"n must be absent or equal the number of ids ({num_ids})", param="body.n")
     try:
         if isinstance(body, _ChatBody):
-            return ParsedBody(_messages(body), _params(body, _chat_logprobs(body), num_ids), is_chat=True)
+            return ParsedBody(_messages(body), _params(body, _chat_logprobs(body), num_ids, max_model_len), is_chat=True)
         assert isinstance(body, _CompletionBody)
-        return ParsedBody(body.prompt, _params(body, body.logprobs, num_ids), is_chat=False)
+        if not body.prompt:
+            raise InvalidRequestError("prompt is empty; send at least one token", param="prompt")
+        return ParsedBody(body.prompt, _params(body, body.logprobs, num_ids, max_model_len), is_chat=False)
     except StreamKVError as error:
         raise type(error)(error.message, param=f"body.{error.param}" if error.param else "body") from error
 
@@ -120,7 +126,17 @@ def _chat_logprobs(body: _ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _params(body: _Body, logprobs: int | None, num_ids: int) -> SamplingParams:
+def _params(body: _Body, logprobs: int | None, num_ids: int, max_model_len: int) -> SamplingParams:
+    params = _checked_params(body, logprobs, num_ids)
+    if params.max_tokens is not None and params.max_tokens >= max_model_len:
+        raise ContextLengthError(
+            f"at least one token of prompt and {params.max_tokens} to generate exceed the context of {max_model_len}",
+            param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
+        )
+    return params
+
+
+def _checked_params(body: _Body, logprobs: int | None, num_ids: int) -> SamplingParams:
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequestError("give max_tokens or max_completion_tokens, not both", param="max_completion_tokens")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
@@ -149,13 +165,15 @@ def _params(body: _Body, logprobs: int | None, num_ids: int) -> SamplingParams:
 
 def validation_error(error: Exception, prefix: str = "") -> InvalidRequestError:
     """Msgspec's message with the path taken out of it: `Expected `float`, got `str` - at `$.top_p``."""
-    text, _, path = str(error).partition(" - at `$")
+    text, _, path = str(error).partition(" - at `")
     if isinstance(error, RecursionError):
         text = "the message is nested too deeply"
     elif not isinstance(error, msgspec.ValidationError):
         text = "the message is malformed"
-    path = path.rstrip("`").lstrip(".")
-    if not path and "missing required field" in text:
-        path = text.rpartition("field ")[2].strip("`")
-    param = ".".join(part for part in (prefix, path) if part).replace(".[", "[")
-    return InvalidRequestError(text.replace("`", ""), param=param or None)
+    # `$.stop[0]`, or `key` in `$` for a key that is no text.
+    path = path.rpartition("$")[2].rstrip("`").lstrip(".")
+    _, missing, field = text.partition("missing required field ")
+    parts = (prefix, path, field.strip("`") if missing else "")
+    param = ".".join(part for part in parts if part).replace(".[", "[")
+    # It may quote what the client sent, at any length.
+    return InvalidRequestError(text.replace("`", "")[:_MAX_ERROR_CHARS], param=param or None)

@@ -5,15 +5,14 @@
     events from TextStreams   -> events()
     socket can take a frame   -> next_message(now), or next_due() tells when to ask again
 
-Pull, not push: text waits here, merged per stream, until the writer asks. A slow reader therefore costs one merged delta per
-stream and not a queue of frames. Time is an argument; nothing here knows a clock. Credit, resume and fork will be further
-messages on the same streams.
+Time is an argument; nothing here knows a clock. Credit, resume and fork will be further messages on the same streams.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -23,12 +22,14 @@ import msgspec
 from streamkv.errors import InvalidRequestError, StreamKVError
 from streamkv.protocol import messages as m
 from streamkv.protocol.bodies import ParsedBody, parse_body, validation_error
-from streamkv.sampling_params import TokenLogprobs
+from streamkv.protocol.outbox import Outbox, OutStream, SessionLimits, StreamState
+from streamkv.sampling_params import MAX_N
 from streamkv.text import events as text
 
 __all__ = ["Action", "CancelStream", "Close", "ConnectionState", "OpenStreams", "Session", "SessionLimits", "StreamState"]
 
 _ID: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+_ID_RULE: Final = "1 to 64 characters A-Z a-z 0-9 _ . -"
 _MAX_BAD_FRAMES: Final = 32
 
 
@@ -42,61 +43,11 @@ class ConnectionState(Enum):
 
 
 CONNECTION_MOVES: Final[dict[ConnectionState, frozenset[ConnectionState]]] = {
-    ConnectionState.AWAIT_HELLO: frozenset({ConnectionState.OPEN, ConnectionState.DRAINING, ConnectionState.CLOSED}),
+    ConnectionState.AWAIT_HELLO: frozenset({ConnectionState.OPEN, ConnectionState.CLOSED}),
     ConnectionState.OPEN: frozenset({ConnectionState.DRAINING, ConnectionState.CLOSED}),
     ConnectionState.DRAINING: frozenset({ConnectionState.CLOSED}),
     ConnectionState.CLOSED: frozenset(),
 }
-
-
-class StreamState(Enum):
-    """Where a stream is."""
-
-    QUEUED = "queued"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    PREEMPTED = "preempted"
-    CANCELLING = "cancelling"
-    DONE = "done"
-
-
-_LIVE: Final = frozenset(
-    {StreamState.PREFILL, StreamState.DECODE, StreamState.PREEMPTED, StreamState.CANCELLING, StreamState.DONE}
-)
-STREAM_MOVES: Final[dict[StreamState, frozenset[StreamState]]] = {
-    StreamState.QUEUED: _LIVE,
-    StreamState.PREFILL: _LIVE,
-    StreamState.DECODE: _LIVE,
-    StreamState.PREEMPTED: _LIVE,
-    StreamState.CANCELLING: frozenset({StreamState.DONE}),
-    StreamState.DONE: frozenset(),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """Bounds of one connection (protocol.md 3.4, 3.7).
-
-    Attributes:
-        streams: streams that may run at once; further ones wait here.
-        queue: streams that may wait.
-        frame: most bytes of an inbound frame.
-        outbound: bytes of text that may wait for a slow reader.
-        flush_tokens, flush_bytes, flush_s, flush_busy_s: after its first token a stream's text is sent at this many tokens,
-            bytes or seconds, whichever comes first; the longer time counts while other frames are waiting.
-        heartbeat_s: a stream that has sent nothing for this long sends its status.
-    """
-
-    streams: int = 64
-    queue: int = 256
-    frame: int = 1 << 20
-    hello_s: float = 5.0
-    outbound: int = 256 * 1024
-    flush_tokens: int = 8
-    flush_bytes: int = 512
-    flush_s: float = 0.020
-    flush_busy_s: float = 0.050
-    heartbeat_s: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,50 +77,19 @@ class Close:
 Action = OpenStreams | CancelStream | Close
 
 
-class _Stream:
-    """Output of one stream that the writer has not taken yet."""
-
-    __slots__ = ("count", "end", "first_at", "id", "logprobs", "offset", "pieces", "sent", "size", "state", "status")
-
-    def __init__(self, stream_id: str) -> None:
-        self.id = stream_id
-        self.state = StreamState.QUEUED
-        self.offset = 0  # tokens taken by the writer
-        self.count = 0  # tokens waiting
-        self.pieces: list[str] = []
-        self.size = 0
-        self.logprobs: list[TokenLogprobs] = []
-        self.first_at = 0.0  # when the oldest waiting piece came
-        self.sent = False  # the first token has gone out
-        self.status: m.Status | None = None
-        self.end: m.Done | m.Error | None = None
-
-    def move(self, state: StreamState) -> None:
-        assert state in STREAM_MOVES[self.state], f"stream {self.id}: {self.state.value} -> {state.value}"
-        self.state = state
-
-    def due(self, limits: SessionLimits, busy: bool) -> float:
-        """When the waiting text should be sent; -inf = now."""
-        if not self.sent or self.end is not None or self.count >= limits.flush_tokens or self.size >= limits.flush_bytes:
-            return float("-inf")
-        return self.first_at + (limits.flush_busy_s if busy else limits.flush_s)
-
-    def take(self) -> m.Delta:
-        logprobs = [_plain_logprobs(entry) for entry in self.logprobs] or None
-        delta = m.Delta(self.id, self.offset, self.count, "".join(self.pieces), lp=logprobs)
-        self.offset += self.count
-        self.count = self.size = 0
-        self.pieces.clear()
-        self.logprobs.clear()
-        self.sent = True
-        return delta
-
-
 class Session:
     """The state of one connection. Not thread-safe; one shell drives it."""
 
     def __init__(
-        self, codec: m.Codec, limits: SessionLimits, *, session_id: str, epoch: str, server: str, models: tuple[str, ...]
+        self,
+        codec: m.Codec,
+        limits: SessionLimits,
+        *,
+        session_id: str,
+        epoch: str,
+        server: str,
+        models: tuple[str, ...],
+        max_model_len: int,
     ) -> None:
         """Start waiting for `hello`."""
         self.state = ConnectionState.AWAIT_HELLO
@@ -177,17 +97,16 @@ class Session:
         self._limits = limits
         self._identity = (session_id, epoch, server)
         self._models = models
-        self._control: deque[m.ServerMessage] = deque()
-        self._streams: OrderedDict[str, _Stream] = OrderedDict()  # rotated: who was served goes to the end
-        self._ready: OrderedDict[str, _Stream] = OrderedDict()  # streams with something to send
+        self._max_model_len = max_model_len
+        self._outbox = Outbox(limits)
+        self._streams = self._outbox.streams  # those whose last frame has not been taken
         self._running: set[str] = set()
         self._waiting: deque[OpenStreams] = deque()
         self._bad_frames = 0
-        self.outbound_bytes = 0
 
     # -- in: frames -----------------------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, *, is_text: bool) -> list[Action]:
+    def receive(self, data: bytes, *, is_text: bool, now: float) -> list[Action]:
         """One frame from the client."""
         if self.state is ConnectionState.CLOSED:
             return []
@@ -202,16 +121,18 @@ class Session:
             return self._hello()
         if self.state is ConnectionState.AWAIT_HELLO:
             return self._close(4400, "hello_expected: the first frame must be hello")
-        return self._handle(message)
+        return self._handle(message, now)
 
-    def _handle(self, message: m.ClientMessage) -> list[Action]:
+    def _handle(self, message: m.ClientMessage, now: float) -> list[Action]:
         match message:
             case m.Create():
-                return self._create(message)
+                return self._create(message, now)
             case m.Cancel():
                 return self._cancel(message.id)
             case m.Ping():
-                self._control.append(m.Pong(message.ts, 0.0))
+                if not math.isfinite(message.ts):
+                    return self._notice("invalid_request", "ts must be a finite number", "ts")
+                self._outbox.say(m.Pong(message.ts, 0.0))
                 return []
             case m.Bye():
                 actions: list[Action] = list(self.lost())
@@ -219,8 +140,7 @@ class Session:
             case m.Credit():
                 return self._notice("invalid_request", "credit is not available yet: streams have no limit", "max")
             case m.Resume():
-                self._fail(message.id, "resume_gone", "resume is not available yet; create the stream again", "id")
-                return []
+                return self._resume(message.id)
             case m.Fork():
                 return self._notice("invalid_request", "fork is not available yet", "from")
             case _:
@@ -232,7 +152,7 @@ class Session:
         session_id, epoch, server = self._identity
         limits = self._limits
         self._move(ConnectionState.OPEN)
-        self._control.append(
+        self._outbox.say(
             m.Welcome(
                 session=session_id,
                 epoch=epoch,
@@ -247,39 +167,52 @@ class Session:
     def _malformed(self, data: bytes, error: Exception) -> list[Action]:
         """A frame that is no message: name the field, keep the connection and its streams."""
         if self.state is ConnectionState.AWAIT_HELLO:
-            return self._close(4400, "malformed: the first frame must be hello")
+            invalid = validation_error(error)
+            return self._close(4400, f"malformed: the first frame must be hello; {invalid.param or 'it'}: {invalid.message}")
         self._bad_frames += 1
         if self._bad_frames > _MAX_BAD_FRAMES:
             return self._close(1008, "too_many_bad_frames: fix the client")
         try:
             loose = self._codec.decode_any(data)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, ValueError):
-            return self._notice("invalid_request", "the frame is malformed", None)
+            return self._notice("invalid_request", validation_error(error).message, None)
         invalid = validation_error(error)
         tag = loose.get("t") if isinstance(loose, dict) else None
         if not isinstance(tag, str) or not any(tag == kind.__struct_config__.tag for kind in m.ClientMessage.__args__):
             return self._notice("unknown_type", "t must name a message of the protocol", "t")
-        stream_id = loose.get("id")
-        if tag == "create" and isinstance(stream_id, str) and _ID.fullmatch(stream_id) and stream_id not in self._streams:
-            self._control.append(m.Error("invalid_request", invalid.message, stream_id, invalid.param))
-            return []
+        ids = self._new_ids(loose) if tag == "create" else ()
+        if ids:
+            return self._refuse_all(ids, "invalid_request", invalid.message, invalid.param)
         return self._notice("invalid_request", invalid.message, invalid.param)
+
+    def _new_ids(self, loose: dict[Any, Any]) -> tuple[str, ...]:
+        """The streams that a `create` meant to make, as far as a malformed one tells; none if any of them is not to be named."""
+        several = loose.get("ids")
+        ids = several if isinstance(several, list) else [loose.get("id")]
+        if (several is not None and loose.get("id") is not None) or not 1 <= len(ids) <= MAX_N:
+            return ()
+        if not all(
+            isinstance(stream_id, str) and _ID.fullmatch(stream_id) and stream_id not in self._streams for stream_id in ids
+        ):
+            return ()
+        return tuple(dict.fromkeys(ids))
 
     # -- in: streams ----------------------------------------------------------------------------------------------
 
-    def _create(self, message: m.Create) -> list[Action]:
+    def _create(self, message: m.Create, now: float) -> list[Action]:
         ids = tuple(message.ids) if message.ids is not None else (message.id,) if message.id is not None else ()
+        param = "id" if message.ids is None else "ids"
         if not ids or (message.ids is not None and message.id is not None):
-            return self._notice("invalid_request", "give id, or ids for several samples", "id")
-        if len(ids) > 16 or len(set(ids)) != len(ids) or not all(_ID.fullmatch(stream_id) for stream_id in ids):
-            return self._notice("invalid_request", "1 to 16 different ids of 1 to 64 characters A-Z a-z 0-9 _ . -", "id")
+            return self._notice("invalid_request", "give id, or ids for several samples", param)
+        if len(ids) > MAX_N or len(set(ids)) != len(ids) or not all(_ID.fullmatch(stream_id) for stream_id in ids):
+            return self._notice("invalid_request", f"1 to {MAX_N} different ids of {_ID_RULE}", param)
         taken = next((stream_id for stream_id in ids if stream_id in self._streams), None)
         if taken is not None:
             # Without an id: with one it would read as the end of the stream that is alive under it.
             return self._notice("stream_exists", f"stream {taken} is alive; choose another id", "id")
         if self.state is ConnectionState.DRAINING:
             return self._refuse_all(ids, "draining", "the server is shutting down; connect to another one", None, retryable=True)
-        if len(self._streams) + len(ids) > self._limits.streams + self._limits.queue:
+        if len(self._streams) + len(ids) > self._limits.streams + self._limits.queue or len(ids) > self._limits.streams:
             limit = self._limits.streams + self._limits.queue
             return self._refuse_all(ids, "too_many_streams", f"at most {limit} streams per connection", None, retryable=True)
         if message.max is not None and message.max != m.MAX_CREDIT:
@@ -287,47 +220,54 @@ class Session:
         if not -(2**31) <= message.priority < 2**31:
             return self._refuse_all(ids, "invalid_request", "priority must be a 32-bit integer", "priority")
         try:
-            body = parse_body(message.api, message.body, self._codec, models=self._models, num_ids=len(ids))
+            body = parse_body(
+                message.api, message.body, self._codec, models=self._models, num_ids=len(ids), max_model_len=self._max_model_len
+            )
         except InvalidRequestError as error:
             return self._refuse_all(ids, error.code, error.message, error.param)
         for stream_id in ids:
-            self._streams[stream_id] = _Stream(stream_id)
+            self._streams[stream_id] = OutStream(stream_id, now)
         wish = OpenStreams(ids, body, message.priority)
-        if len(self._running) + len(ids) > self._limits.streams:
-            self._waiting.append(wish)
-            return []
-        self._running.update(ids)
-        return [wish]
+        self._waiting.append(wish)
+        return self.start_waiting()
+
+    def _resume(self, stream_id: str) -> list[Action]:
+        if not _ID.fullmatch(stream_id):
+            return self._notice("invalid_request", f"id must be {_ID_RULE}", "id")
+        # Without an id if it is alive here: with one it would read as its end.
+        named = None if stream_id in self._streams else stream_id
+        self._outbox.say(m.Error("resume_gone", "resume is not available yet; create the stream again", named, "id"))
+        return []
 
     def _cancel(self, stream_id: str) -> list[Action]:
-        """Idempotent; unknown and finished ids are ignored."""
+        """Idempotent; unknown and finished ids are ignored, names that no stream can have are not."""
+        if not _ID.fullmatch(stream_id):
+            return self._notice("invalid_request", f"id must be {_ID_RULE}", "id")
         stream = self._streams.get(stream_id)
         if stream is None or stream.state in (StreamState.CANCELLING, StreamState.DONE):
             return []
         if stream_id in self._running:
             stream.move(StreamState.CANCELLING)
             return [CancelStream(stream_id)]
-        # Still waiting here: its siblings, if any, go on without it only once they run, so cancel the whole group's member now.
-        for index, wish in enumerate(self._waiting):
-            if stream_id in wish.ids:
-                rest = tuple(other for other in wish.ids if other != stream_id)
-                if rest:
-                    self._waiting[index] = OpenStreams(rest, wish.body, wish.priority)
-                else:
-                    del self._waiting[index]
-                break
-        self._finish(stream, m.Done(stream_id, 0, "cancelled", m.Usage(0, 0, 0), m.Timings(0.0, 0.0, 0.0, 0.0)))
-        return []
+        # Still waiting here: it ends at once; its siblings, if any, wait on without it.
+        position, wish = next((position, wish) for position, wish in enumerate(self._waiting) if stream_id in wish.ids)
+        rest = tuple(other for other in wish.ids if other != stream_id)
+        if rest:
+            self._waiting[position] = OpenStreams(rest, wish.body, wish.priority)
+        else:
+            del self._waiting[position]
+        done = m.Done(stream_id, 0, "cancelled", m.Usage(0, 0, 0), m.Timings(0.0, 0.0, 0.0, 0.0))
+        self._finish(stream, done, unopened=True)
+        return self.start_waiting()
 
     def opened(self, ids: tuple[str, ...], rid: str, prompt_tokens: int) -> list[Action]:
         """The engine has taken these. Returns cancels of those that were cancelled meanwhile."""
         cancels: list[Action] = []
-        for stream_id in ids:
+        for index, stream_id in enumerate(ids):
             stream = self._streams.get(stream_id)
             if stream is None:
-                cancels.append(CancelStream(stream_id))
-                continue
-            self._control.append(m.Accepted(stream_id, f"{rid}.{stream_id}", prompt_tokens))
+                continue  # the connection has been lost
+            self._outbox.open(stream, m.Accepted(stream_id, f"{rid}.{index}", prompt_tokens))
             if stream.state is StreamState.CANCELLING:
                 cancels.append(CancelStream(stream_id))
         return cancels
@@ -340,7 +280,7 @@ class Session:
         for stream_id in ids:
             stream = self._streams.get(stream_id)
             if stream is not None:
-                self._finish(stream, m.Error(error.code, error.message, stream_id, param, error.retryable))
+                self._finish(stream, m.Error(error.code, error.message, stream_id, param, error.retryable), unopened=True)
         return self.start_waiting()
 
     def events(self, events: list[text.StreamEvent], now: float) -> list[Action]:
@@ -351,23 +291,14 @@ class Session:
             if stream is None or stream.end is not None:
                 continue
             if isinstance(event, text.Delta):
-                if not stream.count and not stream.pieces:
-                    stream.first_at = now
-                stream.count += event.count
-                stream.pieces.append(event.text)
-                size = len(event.text.encode())
-                stream.size += size
-                self.outbound_bytes += size
-                if event.logprobs is not None:
-                    stream.logprobs.extend(event.logprobs)
+                self._outbox.text(stream, event, now)
             elif isinstance(event, text.Status):
                 if stream.state is not StreamState.CANCELLING:
                     stream.move(StreamState(event.state))
-                    stream.status = m.Status(event.id, event.state, event.cached)
+                    self._outbox.status(stream, m.Status(event.id, event.state, event.cached))
             else:
                 self._finish(stream, _ending(event))
                 ended = True
-            self._ready[event.id] = stream
         return self.start_waiting() if ended else []
 
     def start_waiting(self) -> list[Action]:
@@ -379,20 +310,22 @@ class Session:
             actions.append(wish)
         return actions
 
-    def _finish(self, stream: _Stream, end: m.Done | m.Error) -> None:
+    def _finish(self, stream: OutStream, end: m.Done | m.Error, *, unopened: bool = False) -> None:
         if stream.end is None:
             stream.move(StreamState.DONE)
-            stream.end = end
             self._running.discard(stream.id)
-            self._ready[stream.id] = stream
+            self._outbox.end(stream, end, unopened=unopened)
 
     # -- in: the server -------------------------------------------------------------------------------------------
 
-    def drain(self, deadline_ms: int, reason: str) -> None:
-        """Take no new streams; those that run may finish."""
-        if self.state in (ConnectionState.OPEN, ConnectionState.AWAIT_HELLO):
+    def drain(self, deadline_ms: int, reason: str) -> list[Action]:
+        """Take no new streams; those that run may finish. A connection that has not said hello ends."""
+        if self.state is ConnectionState.AWAIT_HELLO:
+            return self._close(1001, f"going_away: {reason}")
+        if self.state is ConnectionState.OPEN:
             self._move(ConnectionState.DRAINING)
-            self._control.append(m.Drain(deadline_ms, reason))
+            self._outbox.say(m.Drain(deadline_ms, reason))
+        return []
 
     def lost(self) -> list[CancelStream]:
         """The connection is gone or says bye: nothing is sent any more; these must be cancelled."""
@@ -401,9 +334,8 @@ class Session:
         self._move(ConnectionState.CLOSED)
         running = sorted(self._running)
         self._waiting.clear()
-        self._streams.clear()
-        self._ready.clear()
         self._running.clear()
+        self._outbox.clear()
         return [CancelStream(stream_id) for stream_id in running]
 
     @property
@@ -419,44 +351,26 @@ class Session:
     @property
     def too_slow(self) -> bool:
         """True if more text waits than the reader may be behind."""
-        return self.outbound_bytes > self._limits.outbound
+        return self._outbox.bytes > self._limits.outbound
+
+    @property
+    def crowded(self) -> bool:
+        """True if the client's next frames should not be read before it has taken the answers to its earlier ones."""
+        return self._outbox.crowded
 
     # -- out ------------------------------------------------------------------------------------------------------
 
     def next_message(self, now: float, *, busy: bool = False) -> m.ServerMessage | None:
-        """The next message to send, or None if none is due. Control first, then the streams in turn.
+        """The next message to send, or None if none is due.
 
         Args:
             busy: other output is waiting in the socket: text may be merged a little longer.
         """
-        if self._control:
-            message = self._control.popleft()
-            return msgspec.structs.replace(message, now=now) if isinstance(message, m.Pong) else message
-        for stream_id, stream in self._ready.items():
-            if stream.status is not None:
-                status, stream.status = stream.status, None
-                return status
-            if (stream.count or stream.size) and stream.due(self._limits, busy) <= now:
-                self.outbound_bytes -= stream.size
-                delta = stream.take()
-                self._ready.move_to_end(stream_id)  # the others first
-                if stream.end is None:
-                    del self._ready[stream_id]
-                return delta
-            if stream.end is not None:
-                del self._ready[stream_id], self._streams[stream_id]
-                return stream.end
-        return None
+        return self._outbox.next_message(now, busy=busy)
 
     def next_due(self, now: float, *, busy: bool = False) -> float | None:
         """Seconds until `next_message` has something, 0 = now; None = not before something comes in."""
-        if self._control:
-            return 0.0
-        waits = [
-            float("-inf") if stream.status is not None or stream.end is not None else stream.due(self._limits, busy)
-            for stream in self._ready.values()
-        ]
-        return max(0.0, min(waits) - now) if waits else None
+        return self._outbox.next_due(now, busy=busy)
 
     # -- small things ---------------------------------------------------------------------------------------------
 
@@ -468,17 +382,14 @@ class Session:
         return [*self.lost(), Close(code, reason)]
 
     def _notice(self, code: str, message: str, param: str | None) -> list[Action]:
-        self._control.append(m.Error(code, message, None, param))
+        self._outbox.say(m.Error(code, message, None, param))
         return []
-
-    def _fail(self, stream_id: str, code: str, message: str, param: str | None) -> None:
-        self._control.append(m.Error(code, message, stream_id, param))
 
     def _refuse_all(
         self, ids: tuple[str, ...], code: str, message: str, param: str | None, *, retryable: bool = False
     ) -> list[Action]:
         for stream_id in ids:
-            self._control.append(m.Error(code, message, stream_id, param, retryable))
+            self._outbox.say(m.Error(code, message, stream_id, param, retryable))
         return []
 
 
@@ -494,7 +405,3 @@ def _ending(event: text.Finished) -> m.Done | m.Error:
         m.Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens),
         m.Timings(*(round(part, 6) for part in (timings.queue, timings.prefill, timings.ttft, timings.decode))),
     )
-
-
-def _plain_logprobs(entry: TokenLogprobs) -> dict[str, Any]:
-    return {"chosen": entry.chosen, "top": [[token, value] for token, value in entry.top]}

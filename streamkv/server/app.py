@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import secrets
 import signal
@@ -16,6 +17,7 @@ import structlog
 from aiohttp import web
 
 from streamkv import __version__
+from streamkv.errors import ConfigError
 from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
 from streamkv.protocol.session import Session
 from streamkv.server.config import ServerConfig, is_loopback
@@ -57,7 +59,12 @@ class Server:
         await runner.setup()
         try:
             site = web.TCPSite(runner, self._config.host, self._config.port)
-            await site.start()
+            try:
+                await site.start()
+            except OSError as error:
+                where = f"{self._config.host}:{self._config.port}"
+                reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
+                raise ConfigError(f"cannot listen on {where}: {reason}; choose another --host or --port") from error
             assert site._server is not None  # noqa: SLF001  # aiohttp has no public way to learn the port that 0 became
             self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]  # noqa: SLF001  # as above
             yield
@@ -82,7 +89,7 @@ class Server:
             protocols=SUBPROTOCOLS,
             compress=False,
             heartbeat=self._config.limits.heartbeat_s,
-            max_msg_size=self._config.limits.frame,
+            max_msg_size=self._config.limits.frame + 1,  # aiohttp refuses what reaches it
             writer_limit=64 * 1024,
             decode_text=False,
             timeout=3.0,
@@ -91,7 +98,6 @@ class Server:
         if chosen is None:
             # aiohttp by itself would go on without any protocol.
             return _error(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
-        await socket.prepare(request)
         codec = CODECS[chosen]
         session = Session(
             codec,
@@ -100,12 +106,14 @@ class Server:
             epoch=self._streams.info.epoch,
             server=f"streamkv/{__version__}",
             models=(self._streams.info.model,),
+            max_model_len=self._streams.info.max_model_len,
         )
         name = f"c{next(self._names)}"
         connection = Connection(name, socket, request, codec, session, self._streams, self._config, self._moved.set)
-        self._connections.add(connection)
-        log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
+        self._connections.add(connection)  # before the first await: it counts, and a drain must not miss it
         try:
+            await socket.prepare(request)
+            log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
             await connection.run()
         finally:
             self._connections.discard(connection)

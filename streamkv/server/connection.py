@@ -50,6 +50,8 @@ class Connection:
         self._config = config
         self._on_idle = on_idle
         self._wake = asyncio.Event()
+        self._room = asyncio.Event()  # the writer has sent something, or has ended
+        self._aborted = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._engine_ids: dict[str, str] = {}  # stream id -> request id in the engine
         self._stream_ids: dict[str, str] = {}
@@ -66,12 +68,11 @@ class Connection:
         finally:
             hello.cancel()
             self._perform(list(self.session.lost()))
-            self._cancel_all()
             if self._closing is None:
                 writer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await writer
-            if self._tasks:
+            while self._tasks:  # one that opens a stream may leave one that cancels it
                 await asyncio.gather(*self._tasks, return_exceptions=True)
             self._log.info("disconnected", code=self._socket.close_code)
 
@@ -80,16 +81,18 @@ class Connection:
             if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
                 break
             data: bytes = message.data
-            self._perform(self.session.receive(data, is_text=message.type is WSMsgType.TEXT))
+            self._perform(self.session.receive(data, is_text=message.type is WSMsgType.TEXT, now=time.monotonic()))
             self._wake.set()
-            if self._closing is not None:
-                break
-            if writer.done():
+            while self.session.crowded and not writer.done():
+                # Who does not take the answers cannot ask on: TCP tells it so, and the writer's time limit ends it.
+                self._room.clear()
+                await self._room.wait()
+            if self._closing is not None or writer.done():
                 break
 
     def drain(self, deadline_s: float, reason: str) -> None:
         """Announce that the server is going away."""
-        self.session.drain(int(deadline_s * 1000), reason)
+        self._perform(self.session.drain(int(deadline_s * 1000), reason))
         self._wake.set()
 
     def close(self, code: int, reason: str) -> None:
@@ -180,7 +183,7 @@ class Connection:
                     ttft=round(event.timings.ttft, 4),
                 )
             renamed.append(_renamed(event, stream_id))
-        if renamed and not self.session.closed:
+        if renamed and not self.session.closed and not self._aborted:
             self._perform(self.session.events(renamed, time.monotonic()))
             if self.session.too_slow:
                 self._abort("slow_consumer")
@@ -200,6 +203,7 @@ class Connection:
                 if message is not None:
                     async with asyncio.timeout(self._config.send_timeout_s):
                         await self._socket.send_frame(encode(message), kind)
+                    self._room.set()
                     continue
                 if self._closing is not None:
                     break
@@ -216,6 +220,11 @@ class Connection:
             self._abort("slow_consumer")
         except ConnectionError:
             self._abort("connection_lost")
+        except Exception:
+            self._log.exception("writer_failed")
+            self._abort("writer_failed")
+        finally:
+            self._room.set()
 
     async def _close_socket(self, closing: Close) -> None:
         try:
@@ -225,6 +234,7 @@ class Connection:
             self._abort("close_timeout")
 
     def _abort(self, reason: str) -> None:
+        self._aborted = True
         transport = self._request.transport
         if transport is not None:
             self._log.warning("aborted", reason=reason)

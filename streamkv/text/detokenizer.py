@@ -38,10 +38,10 @@ class IncrementalDetokenizer:
             token_bytes = self._tokenizer.token_bytes
             return self._bytes.decode(b"".join(token_bytes(token) for token in token_ids if token not in self._skip))
         released = []
-        byte_ids = self._tokenizer.byte_ids
+        byte_ids, known_ids = self._tokenizer.byte_ids, self._tokenizer.known_ids
         for token in token_ids:
-            if token in self._skip:
-                continue
+            if token in self._skip or token not in known_ids:
+                continue  # logits can be wider than the vocabulary; such an id must not become the context of the next
             if self._held and self._held[-1] in byte_ids and token not in byte_ids:
                 released.append(self._release())
             self._held.append(token)

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from streamkv.engine.api import EngineClient, EngineRequest, FinishReason, StepBatch, StepOutput
-from streamkv.errors import ContextLengthError, InvalidRequestError
+from streamkv.errors import ContextLengthError, DrainingError, InvalidRequestError
 from streamkv.sampling_params import Sampling, SamplingParams, TokenLogprobs
 from streamkv.text.detokenizer import IncrementalDetokenizer
 from streamkv.text.events import Delta, Finished, Status, StreamEvent, Timings
@@ -142,7 +142,8 @@ class _Stream:
 
     def lose(self, now: float, events: list[StreamEvent]) -> None:
         """The engine is gone."""
-        self._deliver(self.stop.push(self.detokenizer.finish()), events)
+        text = self.stop.push(self.detokenizer.finish())
+        self._deliver(text + self.stop.finish(), events)
         self._end("error", _ENGINE_LOST, now, events)
 
 
@@ -164,6 +165,7 @@ class TextStreams:
         self._clock = clock
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="streamkv-text")
         self._streams: dict[str, _Stream] = {}
+        self._stopped: set[str] = set()  # ended here by a stop string; the engine's own end is still to come
         self._cancels: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._alive = False
@@ -200,12 +202,21 @@ class TextStreams:
         Raises:
             InvalidRequestError: empty prompt, token id out of range, unusable messages.
             ContextLengthError: prompt plus max_tokens exceed the context.
+            DrainingError: the engine has stopped.
         """
+        self._require_alive()
         for token_id in params.stop_token_ids:
             if token_id >= self.info.vocab_size:
                 raise InvalidRequestError(f"stop_token_ids must be below {self.info.vocab_size}", param="stop_token_ids")
-        if isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], Mapping)) and not is_chat:
+        if params.max_tokens is not None and params.max_tokens >= self.info.max_model_len:
+            raise ContextLengthError(
+                f"max_tokens is {params.max_tokens}; with a prompt that exceeds the context of {self.info.max_model_len}",
+                param="max_tokens",
+            )
+        if not is_chat and isinstance(prompt, list):
             token_ids = self._checked(prompt)
+        elif not is_chat and not isinstance(prompt, str):
+            raise InvalidRequestError("a prompt is a string or a list of token ids", param="prompt")
         else:
             loop = asyncio.get_running_loop()
             encode: Callable[[Any], list[int]] = self.tokenizer.encode_chat if is_chat else self.tokenizer.encode
@@ -239,6 +250,10 @@ class TextStreams:
             hidden_stop_ids=frozenset(stop_ids) if params.skip_special_tokens else frozenset(params.stop_token_ids),
         )
 
+    def _require_alive(self) -> None:
+        if not self._alive:
+            raise DrainingError(_ENGINE_LOST[1])  # nobody would ever read a request's outputs
+
     def _checked(self, token_ids: list[Any]) -> list[int]:
         if len(token_ids) > self.info.max_model_len:
             raise ContextLengthError(
@@ -265,9 +280,10 @@ class TextStreams:
         Raises:
             StreamKVError: what `EngineClient.submit` raises; then no event comes.
         """
+        self._require_alive()
         now = self._clock()
         for request_id in ids:
-            if request_id in self._streams:
+            if request_id in self._streams or request_id in self._stopped:
                 raise InvalidRequestError(f"request id {request_id!r} is in use", param="id")
         for request_id in ids:
             # Before `submit`: its first output may come before `submit` returns.
@@ -302,9 +318,12 @@ class TextStreams:
         for output in batch.outputs:
             stream = self._streams.get(output.id)
             if stream is None:
-                continue  # ended by a stop string; the engine's own end follows
+                if output.finish_reason is not None:
+                    self._stopped.discard(output.id)
+                continue
             events = by_sink.setdefault(stream.sink, [])
             if stream.take(output, batch.at, events):
+                self._stopped.add(output.id)
                 self._cancel_soon(output.id)
             if stream.finished:
                 del self._streams[output.id]

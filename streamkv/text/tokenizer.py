@@ -21,6 +21,8 @@ __all__ = ["TextTokenizer", "load_tokenizer"]
 _BYTES_PER_TOKEN: Final = 8
 """No text of a request that fits has more bytes per token of context than this; more is refused before it is tokenised."""
 
+ROLES: Final = ("assistant", "developer", "system", "tool", "user")
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 log = structlog.get_logger(__name__)
@@ -43,19 +45,17 @@ class TextTokenizer:
             special_tokens: names the template may use (`bos_token`, ...) and their text.
             max_tokens: the model's context; texts that cannot fit are refused before they are tokenised.
         """
-        self._control = tokenizer
-        # A twin that reads special tokens' text as ordinary text; a flag on one object would race between threads.
-        self._plain = Tokenizer.from_str(tokenizer.to_str())
-        self._plain.encode_special_tokens = True
+        self._control, self._plain = _twins(tokenizer)
         self._template = template
         self._special_tokens = dict(special_tokens or {})
         self._max_bytes = None if max_tokens is None else _BYTES_PER_TOKEN * max_tokens
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
-        names = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+        names = sorted((token.content for token in added.values() if token.special and token.content), key=len, reverse=True)
         self._special_text = re.compile("|".join(re.escape(name) for name in names)) if names else None
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.known_ids = frozenset(vocabulary.values())
+        self.vocab_size = max(self.known_ids, default=-1) + 1
         decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
         kinds = {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", []))}
         self.is_byte_level = kinds in ({"ByteLevel"}, {"ByteLevel", "Sequence"})
@@ -88,36 +88,44 @@ class TextTokenizer:
             messages: objects with `role` and `content`, both strings.
 
         Raises:
-            InvalidRequestError: the model has no template, or it refuses these messages.
+            InvalidRequestError: the model has no template, these are no messages, or the template refuses them.
             ContextLengthError: the text cannot fit the context, by its length in bytes.
         """
         if self._template is None:
             raise InvalidRequestError("the model has no chat template; send a prompt instead of messages", param="messages")
-        self._bound("".join(str(message.get("content", "")) for message in messages), "messages")
-        guarded, fence = self._guard(messages)
+        _check_messages(messages)
+        self._bound("".join(message["content"] for message in messages), "messages")
+        guarded, typed = self._guard(messages)
         text = self._template.render(guarded, add_generation_prompt=add_generation_prompt, special_tokens=self._special_tokens)
-        # Pieces between fences are a special token's text that somebody typed: never the token itself.
         ids: list[int] = []
-        for index, piece in enumerate(text.split(fence) if fence else [text]):
-            if piece:
-                tokenizer = self._plain if index % 2 else self._control
-                ids += tokenizer.encode(piece, add_special_tokens=False).ids
+        for piece in re.split(f"([{''.join(typed)}])", text) if typed else [text]:
+            tokenizer = self._plain if piece in typed else self._control
+            ids += tokenizer.encode(typed.get(piece, piece), add_special_tokens=False).ids
         return ids
 
-    def _guard(self, messages: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], str]:
-        """Fence in every special token's text in the contents; no fence if there is none, which is nearly always."""
+    def _guard(self, messages: Sequence[Mapping[str, str]]) -> tuple[Sequence[Mapping[str, str]], dict[str, str]]:
+        """Put one character in the place of every special token's text that somebody typed.
+
+        A single character, because a template may cut, split and trim contents, and half a mark would guard nothing.
+
+        Returns:
+            The messages, and what each stand-in stands for: nothing, nearly always.
+        """
         pattern = self._special_text
-        if pattern is None or not any(pattern.search(str(value)) for message in messages for value in message.values()):
-            return messages, ""
-        # Nobody can guess the fence, so nobody can close it; private-use characters survive trimming and case folding.
-        fence = f"\ue000{secrets.token_hex(16)}\ue001"
-        return [
-            {
-                key: pattern.sub(lambda match: f"{fence}{match[0]}{fence}", value) if isinstance(value, str) else value
-                for key, value in message.items()
-            }
-            for message in messages
-        ], fence
+        contents = [message["content"] for message in messages]
+        found = sorted({match for content in contents for match in pattern.findall(content)}) if pattern else []
+        if pattern is None or not found:
+            return messages, {}
+        present = set().union(*contents)
+        free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in present)  # private use: no template's text
+        stand_in = dict(zip(found, free, strict=False))
+        if len(stand_in) < len(found):
+            raise InvalidRequestError("messages use every private-use character; leave one", param="messages")
+        guarded = [
+            {**message, "content": pattern.sub(lambda match: stand_in[match[0]], content)}
+            for message, content in zip(messages, contents, strict=True)
+        ]
+        return guarded, {mark: name for name, mark in stand_in.items()}
 
     def _bound(self, text: str, param: str) -> None:
         try:
@@ -160,7 +168,10 @@ def load_tokenizer(path: str | Path, *, max_tokens: int | None = None) -> TextTo
     tokenizer.no_padding()
     tokenizer.no_truncation()
     config_file = folder / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    try:
+        config: dict[str, Any] = dict(json.loads(config_file.read_text(encoding="utf-8"))) if config_file.is_file() else {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelLoadError(f"{config_file} is no JSON object") from error
     template_file = folder / "chat_template.jinja"
     source = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
     special = {name: _content(config[name]) for name in ("bos_token", "eos_token", "pad_token", "unk_token") if config.get(name)}
@@ -174,6 +185,44 @@ def load_tokenizer(path: str | Path, *, max_tokens: int | None = None) -> TextTo
 
 def _content(value: object) -> str:
     return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def _check_messages(messages: object) -> None:
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InvalidRequestError("messages must be a list with at least one message", param="messages")
+    for index, message in enumerate(messages):
+        # A template may build a control token from the role ("<|" + role + "|>"), so that it is not free text.
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise InvalidRequestError(f"role must be one of {', '.join(ROLES)}", param=f"messages[{index}].role")
+        if message.keys() != {"role", "content"} or not isinstance(message["content"], str):
+            raise InvalidRequestError("a message has role and content, and content is a string", param=f"messages[{index}]")
+
+
+def _twins(tokenizer: Tokenizer) -> tuple[Tokenizer, Tokenizer]:
+    """(one that reads special tokens where their exact text stands, one that reads no special token at all).
+
+    Two objects, because a flag on one would race between threads. The flag alone is not enough: Unigram and WordPiece find
+    special tokens among their own pieces, so that the second one gets names for them which nobody can guess.
+    """
+    state = json.loads(tokenizer.to_str())
+    special = [token for token in state["added_tokens"] if token["special"]]
+    for token in special:
+        token["normalized"] = False  # or what a normalizer makes of other text would be read as control
+    control = Tokenizer.from_str(json.dumps(state))
+    model, salt = state["model"], secrets.token_hex(16)
+    vocabulary = model["vocab"]
+    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1) for pair in model.get("merges", ())}
+    hidden = {token["content"]: f"{salt}{token['id']}" for token in special}
+    hidden = {name: cover for name, cover in hidden.items() if name != model.get("unk_token") and name not in merged}
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {hidden.get(piece, piece): index for piece, index in vocabulary.items()}
+    else:
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocabulary]
+    for token in special:
+        token["content"] = hidden.get(token["content"], token["content"])
+    plain = Tokenizer.from_str(json.dumps(state))
+    plain.encode_special_tokens = True
+    return control, plain
 
 
 def _token_bytes(token: str) -> bytes:

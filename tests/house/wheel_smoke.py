@@ -43,6 +43,8 @@ def main() -> int:
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=work)
         away = work / "away"
         shutil.copytree(ROOT / "tests", away / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "README.md", away)  # a test reads it when it is collected
+        shutil.copytree(ROOT / "docs", away / "docs")
         (away / "pytest.ini").write_text(
             "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
             "markers =\n    smoke: works on the wheel\n    gpu: needs a GPU\n"

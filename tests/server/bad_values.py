@@ -1,0 +1,205 @@
+"""The table of bad input: every field that a client can send, and what must not be in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from tests.server.serving import CONTEXT, VOCAB
+
+NAN: Final = float("nan")
+INF: Final = float("inf")
+HUGE: Final = (2**63, 2**64 - 1, -(2**63))
+LONG: Final = "x" * 300_000
+
+NOT_TEXT: Final = (5, -1, 1.5, NAN, True, ["a"], {"a": 1}, b"bytes")
+NOT_FLAG: Final = (0, 1, 1.5, NAN, "true", [], {})
+NOT_INTEGER: Final = ("5", "", 1.5, 1e30, NAN, INF, -INF, True, False, [], {})
+NOT_NUMBER: Final = ("0.5", "", True, False, [], {})
+NOT_LIST: Final = ("a", 5, 1.5, NAN, True, {})
+NOT_IDS: Final = (-1, VOCAB, 2**31, *HUGE)
+"""Integers that are no token ids."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Values that one field must not have, and how the refusal names it.
+
+    Attributes:
+        param: what `param` says, if it is not the field's own path; with `*` at the end: what it starts with.
+        notice: the refusal belongs to no stream.
+        tokenised: only tokenising can tell.
+        beside: other fields of the same object.
+    """
+
+    values: tuple[Any, ...]
+    param: str | None = None
+    code: str = "invalid_request"
+    notice: bool = False
+    tokenised: bool = False
+    beside: dict[str, Any] | None = None
+
+
+def _user(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+_SHARED: Final[dict[str, list[Bad]]] = {
+    "model": [Bad(NOT_TEXT), Bad(("", "gpt-4", "fake ", "FAKE", "../fake", LONG), code="model_not_found")],
+    "max_tokens": [
+        Bad((*NOT_INTEGER, 0, -1, 2**24 + 1, 10**12, *HUGE)),
+        Bad((CONTEXT, CONTEXT + 1, 2**24), code="context_length_exceeded"),
+        Bad((CONTEXT - 2,), param="body.prompt|body.messages", code="context_length_exceeded", tokenised=True),
+        Bad((5,), param="body.max_completion_tokens", beside={"max_completion_tokens": 5}),
+    ],
+    "max_completion_tokens": [
+        Bad((*NOT_INTEGER, 0, -1, 2**24 + 1, *HUGE)),
+        Bad((CONTEXT,), code="context_length_exceeded"),
+    ],
+    "temperature": [Bad((*NOT_NUMBER, -0.1, -1, 100.5, 10**9, 1e300, NAN, INF, -INF, *HUGE))],
+    "top_p": [Bad((*NOT_NUMBER, 0, 0.0, -0.1, 1.0001, 2, 1e300, NAN, INF, -INF, *HUGE))],
+    "top_k": [Bad((*NOT_INTEGER, -1, 2**31, *HUGE))],
+    "seed": [Bad((*NOT_INTEGER, -1, *HUGE))],
+    "stop": [
+        Bad((5, 1.5, NAN, True, {}, "", "x" * 65, LONG, [""], ["x" * 65], ["a"] * 5, ["ab"] * 100_000)),
+        Bad(([5], [None], [True], [["a"]]), param="body.stop[0]"),
+    ],
+    "stop_token_ids": [
+        Bad((*NOT_LIST, [0] * 17, [0] * 100_000, *([value] for value in NOT_IDS))),
+        Bad((["a"], [1.5], [NAN], [True], [None], [[1]]), param="body.stop_token_ids[0]"),
+    ],
+    "ignore_eos": [Bad(NOT_FLAG)],
+    "skip_special_tokens": [Bad(NOT_FLAG)],
+    "n": [Bad((*NOT_INTEGER, 0, -1, 2, 17, 16384, *HUGE))],
+}
+
+COMPLETIONS: Final[dict[str, list[Bad]]] = _SHARED | {
+    "logprobs": [Bad((*NOT_INTEGER, -1, 21, VOCAB, *HUGE))],
+    "prompt": [
+        Bad((None, 5, 1.5, NAN, True, {}, "", [], ["text"], [[1, 2]]), param="body.prompt*"),
+        Bad(([1.5], [NAN], [True], [None], [b"a"]), param="body.prompt[0]"),
+        Bad(tuple([1, value] for value in NOT_IDS)),
+        Bad(([1] * CONTEXT, [1] * 100_000, LONG), code="context_length_exceeded"),
+        Bad(("x" * CONTEXT,), code="context_length_exceeded", tokenised=True),
+    ],
+}
+
+CHAT: Final[dict[str, list[Bad]]] = _SHARED | {
+    "logprobs": [Bad(NOT_FLAG)],
+    "top_logprobs": [
+        Bad((*NOT_INTEGER, -1, 21, *HUGE), beside={"logprobs": True}),
+        Bad((1,)),
+        Bad((1,), beside={"logprobs": False}),
+    ],
+    "messages": [
+        Bad((None, "a", 5, 1.5, NAN, True, {}, [], _user("a") * 1025)),
+        Bad((["a"], [5], [None], [[]]), param="body.messages[0]"),
+        Bad((_user(LONG),), code="context_length_exceeded"),
+        Bad((_user("x" * CONTEXT), _user("x") * 1000), code="context_length_exceeded", tokenised=True),
+    ],
+    "messages[].role": [
+        Bad(
+            tuple([{"role": value, "content": "a"}] for value in (*NOT_TEXT, None, "", "root", LONG)),
+            param="body.messages[0].role",
+        ),
+        Bad(([{"content": "a"}], [{}]), param="body.messages[0].role"),
+    ],
+    "messages[].content": [
+        Bad(tuple(_user(value) for value in (5, 1.5, NAN, True, {"type": "text"})), param="body.messages[0].content"),
+        Bad(([*_user("a"), *_user(5)],), param="body.messages[1].content"),
+        Bad((_user(["a"]), _user([5])), param="body.messages[0].content[0]"),
+    ],
+    "messages[].content[].type": [
+        Bad(
+            tuple(_user([{"type": kind, "text": "a"}]) for kind in (5, None, "image_url", LONG)),
+            param="body.messages[0].content[0].type",
+        ),
+    ],
+    "messages[].content[].text": [
+        Bad(tuple(_user([{"type": "text", "text": value}]) for value in NOT_TEXT), param="body.messages[0].content[0].text"),
+        Bad((_user([{"type": "text"}]),), param="body.messages[0].content[0].text"),
+    ],
+}
+
+_BAD_NAMES: Final = ("", "a b", "ä", "a/b", "\n", "\0", "x" * 65, LONG)
+
+_CREATE: Final[dict[str, list[Bad]]] = {
+    "id": [Bad((*NOT_TEXT, *_BAD_NAMES, None), notice=True)],
+    "ids": [
+        Bad(("a", 5, 1.5, NAN, True, {}, [], ["a", "a"], ["a"] * 17, [f"a{n}" for n in range(17)], ["a", ""]), notice=True),
+        Bad((["a", 5], ["a", None]), param="ids[1]", notice=True),
+        Bad((["a"],), notice=True, beside={"id": "b"}),
+    ],
+    "api": [Bad((*NOT_TEXT, None, "", "responses", "CHAT", LONG))],
+    "body": [Bad((None, 5, 1.5, True, "a", []), param="body")],
+    "max": [Bad((*NOT_INTEGER, 0, 1, 1024, -1, 2**53, *HUGE))],
+    "on_disconnect": [Bad((*NOT_TEXT, None, "", "keep", LONG))],
+    "priority": [Bad((*NOT_INTEGER, None, 2**31, -(2**31) - 1, *HUGE))],
+}
+
+_REST: Final[dict[str, dict[str, list[Bad]]]] = {
+    "cancel": {"id": [Bad((*NOT_TEXT, None, *_BAD_NAMES), notice=True)]},
+    "ping": {"ts": [Bad((*NOT_NUMBER, None, NAN, INF, -INF), notice=True)]},
+    "bye": {"cancel": [Bad((*NOT_FLAG, None), notice=True)]},
+    "credit": {
+        "id": [Bad((*NOT_TEXT, None), notice=True)],
+        "max": [Bad((*NOT_INTEGER, None, -1, 1024, *HUGE), notice=True)],
+        "ack": [Bad((*NOT_INTEGER, None), notice=True)],
+    },
+    "resume": {
+        "id": [Bad((*NOT_TEXT, None, *_BAD_NAMES), notice=True)],
+        "epoch": [Bad(NOT_TEXT, notice=True)],
+        "from": [Bad((*NOT_INTEGER, None), notice=True)],
+        "max": [Bad(NOT_INTEGER, notice=True)],
+    },
+    "fork": {
+        "from": [Bad((*NOT_TEXT, None), notice=True)],
+        "id": [Bad(NOT_TEXT, notice=True)],
+        "ids": [Bad(("a", 5, 1.5, NAN, True, {}), notice=True), Bad(([5],), param="ids[0]", notice=True)],
+        "at": [Bad(NOT_INTEGER, notice=True)],
+    },
+}
+
+MESSAGES: Final[dict[str, dict[str, list[Bad]]]] = {"create": _CREATE} | _REST
+"""Type of message -> field -> what must not be in it. `hello` has a table of its own: its mistakes end the connection."""
+
+HELLO: Final[dict[str, tuple[Any, ...]]] = {
+    "token": NOT_TEXT,
+    "session": NOT_TEXT,
+    "epoch": NOT_TEXT,
+    "client": NOT_TEXT,
+    "caps": ("a", 5, 1.5, True, {}, [5], [None]),
+}
+
+VALID: Final[dict[str, dict[str, Any]]] = {
+    "create": {"id": "bad", "api": "completions", "body": {"prompt": "abc", "max_tokens": 2}},
+    "cancel": {"id": "nobody"},
+    "ping": {"ts": 1.0},
+    "bye": {"cancel": True},
+    "credit": {"id": "nobody", "max": 5},
+    "resume": {"id": "bad", "epoch": "e", "from": 0},
+    "fork": {"from": "nobody", "id": "bad"},
+    "hello": {},
+}
+
+
+def writable(value: Any, *, text: bool) -> bool:
+    """JSON has no NaN, no infinity and no bytes (which msgspec writes as text)."""
+    return not text or not any(
+        isinstance(part, bytes) or (isinstance(part, float) and not abs(part) < INF) for part in _parts(value)
+    )
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [part for item in value.values() for part in _parts(item)]
+    if isinstance(value, list):
+        return [part for item in value[:4] for part in _parts(item)]
+    return [value]
+
+
+def encoded_fields(struct: type[msgspec.Struct]) -> tuple[str, ...]:
+    """Names on the wire."""
+    return struct.__struct_encode_fields__
