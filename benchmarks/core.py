@@ -218,7 +218,7 @@ class Lengths:
 
 def _exponential(prompt: float, output: float) -> Callable[[random.Random], tuple[int, int]]:
     def draw(source: random.Random) -> tuple[int, int]:
-        return tuple(min(2048, 1 + int(source.expovariate(1 / scale))) for scale in (prompt, output))  # type: ignore[return-value]  # two
+        return tuple(min(2048, 1 + int(source.expovariate(1 / scale))) for scale in (prompt, output))  # type: ignore[return-value]  # a tuple of two values
 
     return draw
 

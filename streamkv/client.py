@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -20,11 +21,16 @@ from typing import Any, Final, Literal, Self
 import aiohttp
 import msgspec
 
-from streamkv.errors import StreamKVError
+from streamkv.errors import InvalidRequestError, StreamKVError
 from streamkv.protocol import messages as m
+from streamkv.sampling_params import MAX_N
 
 __all__ = ["Client", "ClientConnectionError", "RemoteError", "Stream", "connect"]
 
+_ENVELOPE_BYTES: Final = 128
+"""More than a `create` has around its body, and than each id adds."""
+
+_DATA: Final = (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
 _CODECS: Final = {"json": "streamkv.v1.json", "msgpack": "streamkv.v1.msgpack"}
 
 
@@ -66,8 +72,9 @@ class Stream:
         self.done: m.Done | None = None
         self._error: Exception | None = None
         self._client = client
-        self._inbox: list[m.Delta] = []
+        self._inbox: deque[m.Delta] = deque()
         self._changed = asyncio.Event()
+        self._created: asyncio.Task[None] | None = None  # sends the `create`; shared by the samples of one prompt
 
     def __aiter__(self) -> AsyncIterator[m.Delta]:
         return self._deltas()
@@ -82,7 +89,7 @@ class Stream:
         try:
             while True:
                 while self._inbox:
-                    yield self._inbox.pop(0)
+                    yield self._inbox.popleft()
                 if self.done is not None:
                     return
                 if self._error is not None:
@@ -100,6 +107,8 @@ class Stream:
 
     async def cancel(self) -> None:
         """Ask the server to end the stream; nothing happens if it has ended."""
+        if self._created is not None:
+            await asyncio.wait({self._created})  # a cancel that overtakes its create would be ignored
         if self.ended:
             return
         await self._client._send(m.Cancel(self.id))  # noqa: SLF001  # a stream is part of its client
@@ -153,6 +162,7 @@ class Client:
         self._streams: dict[str, Stream] = {}
         self._names = itertools.count()
         self._pongs: dict[float, asyncio.Future[float]] = {}
+        self._lost: ClientConnectionError | None = None
         self.welcome: m.Welcome | None = None
         self.draining: m.Drain | None = None
         self.notices: list[m.Error] = []
@@ -170,51 +180,72 @@ class Client:
         return self._create("chat", {"messages": list(messages)}, n, sampling)
 
     def _create(self, api: str, body: dict[str, Any], n: int, sampling: dict[str, Any]) -> list[Stream]:
+        if not 1 <= n <= MAX_N:
+            raise InvalidRequestError(f"n must be an integer from 1 to {MAX_N}", param="n")
         priority = sampling.pop("priority", 0)
         ids = [f"s{next(self._names)}" for _ in range(n)]
         encoded = self._codec.encode(body | sampling)
         message = m.Create(api, msgspec.Raw(encoded), ids=ids, priority=priority)
+        limit = self.welcome.limits.frame if self.welcome is not None else len(encoded)
+        if len(encoded) + _ENVELOPE_BYTES * (1 + n) > limit:
+            # The server would close the connection, and with it every other stream.
+            raise InvalidRequestError(f"the request has {len(encoded)} bytes; the server takes frames of up to {limit}")
         streams = [Stream(self, stream_id) for stream_id in ids]
+        if self._lost is not None:
+            for stream in streams:
+                stream._lose(self._lost)  # noqa: SLF001  # as above
+            return streams
         self._streams |= {stream.id: stream for stream in streams}
-        # Sent at once, in order: aiohttp writes small frames without waiting.
-        task = asyncio.ensure_future(self._send(message))
-        task.add_done_callback(lambda done: self._create_failed(done, streams))
+        sending = asyncio.get_running_loop().create_task(self._send(message))
+        for stream in streams:
+            stream._created = sending  # noqa: SLF001  # as above
         return streams
 
-    def _create_failed(self, task: asyncio.Future[None], streams: list[Stream]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            for stream in streams:
-                stream._lose(ClientConnectionError(f"the connection is gone: {error}"))  # noqa: SLF001  # as above
-
     async def ping(self) -> float:
-        """The server's wall clock, in seconds; shows that it answers."""
-        loop = asyncio.get_running_loop()
-        stamp = loop.time()
-        self._pongs[stamp] = loop.create_future()
-        await self._send(m.Ping(stamp))
-        return await self._pongs[stamp]
+        """The server's wall clock, in seconds; shows that it answers.
+
+        Raises:
+            ClientConnectionError: the connection is gone.
+        """
+        if self._lost is not None:
+            raise self._lost
+        stamp = float(next(self._names))
+        pong: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._pongs[stamp] = pong
+        try:
+            await self._send(m.Ping(stamp))
+            return await pong
+        finally:
+            self._pongs.pop(stamp, None)
 
     async def _send(self, message: m.ClientMessage) -> None:
+        # A connection that is gone is the reader's to report.
         data = self._codec.encode(message)
         with contextlib.suppress(ConnectionError):
-            await (self._socket.send_str(data.decode()) if self._codec.text else self._socket.send_bytes(data))
+            await self._socket.send_frame(data, aiohttp.WSMsgType.TEXT if self._codec.text else aiohttp.WSMsgType.BINARY)
 
     async def _read(self) -> None:
         """Route frames to their streams until the connection ends."""
-        reason = "the server closed the connection"
+        reason = "the connection was closed"
         try:
-            async for frame in self._socket:
-                if frame.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
-                    break
-                data = frame.data.encode() if isinstance(frame.data, str) else frame.data
-                self._receive(self._codec.decode_server(data))
+            while (frame := await self._socket.receive()).type in _DATA:
+                self._receive(_decoded(self._codec, frame))
+            # `close_code` says 1006 if our answer came too late; the frame itself says why.
+            code = frame.data if frame.type is aiohttp.WSMsgType.CLOSE else self._socket.close_code
+            reason = f"the server closed the connection (code {code}{f', {frame.extra}' if frame.extra else ''})"
+        except ClientConnectionError as error:
+            reason = error.message
         finally:
-            if self._socket.close_code is not None:
-                reason = f"{reason} (code {self._socket.close_code})"
-            for stream in self._streams.values():
-                stream._lose(ClientConnectionError(reason))  # noqa: SLF001  # as above
-            for pong in self._pongs.values():
-                pong.cancel()
+            self._lose(ClientConnectionError(reason))
+
+    def _lose(self, error: ClientConnectionError) -> None:
+        self._lost = error
+        for stream in self._streams.values():
+            stream._lose(error)  # noqa: SLF001  # as above
+        self._streams.clear()
+        for pong in self._pongs.values():
+            if not pong.done():
+                pong.set_exception(error)
 
     def _receive(self, message: m.ServerMessage) -> None:
         match message:
@@ -232,7 +263,7 @@ class Client:
                     self.notices.append(message)
                     del self.notices[:-100]
             case m.Pong():
-                if (pong := self._pongs.pop(message.ts, None)) is not None and not pong.done():
+                if (pong := self._pongs.get(message.ts)) is not None and not pong.done():
                     pong.set_result(message.now)
             case m.Drain():
                 self.draining = message
@@ -270,21 +301,44 @@ async def connect(url: str, *, codec: Literal["json", "msgpack"] = "json", timeo
 async def _open(http: aiohttp.ClientSession, url: str, codec: m.Codec, timeout: float) -> Client:
     try:
         async with asyncio.timeout(timeout):
-            socket = await http.ws_connect(url, protocols=(codec.subprotocol,), max_msg_size=16 << 20, compress=0)
+            socket = await http.ws_connect(
+                url,
+                protocols=(codec.subprotocol,),
+                max_msg_size=16 << 20,
+                compress=0,
+                timeout=aiohttp.ClientWSTimeout(ws_close=3.0),
+            )
             client = Client(socket, codec)
-            await client._send(m.Hello(client="streamkv-python"))  # noqa: SLF001  # made here
-            frame = await socket.receive()
-            if frame.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
-                raise ClientConnectionError(f"the server closed the connection (code {socket.close_code})")
-            data = frame.data.encode() if isinstance(frame.data, str) else frame.data
-            welcome = codec.decode_server(data)
-            if not isinstance(welcome, m.Welcome):
-                raise ClientConnectionError("the server did not send welcome")
-            client.welcome = welcome
+            try:
+                client.welcome = await _greet(client)
+            except BaseException:
+                await socket.close()
+                raise
             return client
     except aiohttp.WSServerHandshakeError as error:
         raise ClientConnectionError(f"the server at {url} refused the connection: HTTP {error.status}") from error
+    except TimeoutError as error:  # before OSError, of which it is one
+        raise ClientConnectionError(f"the server at {url} did not answer within {timeout:g} s") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise ClientConnectionError(f"no server at {url}: start one with `streamkv serve`") from error
-    except TimeoutError as error:
-        raise ClientConnectionError(f"the server at {url} did not answer within {timeout:g} s") from error
+
+
+async def _greet(client: Client) -> m.Welcome:
+    await client._send(m.Hello(client="streamkv-python"))  # noqa: SLF001  # made here
+    socket = client._socket  # noqa: SLF001  # as above
+    frame = await socket.receive()
+    if frame.type not in _DATA:
+        raise ClientConnectionError(f"the server closed the connection (code {socket.close_code})")
+    welcome = _decoded(client._codec, frame)  # noqa: SLF001  # as above
+    if not isinstance(welcome, m.Welcome):
+        raise ClientConnectionError("the server did not send welcome")
+    return welcome
+
+
+def _decoded(codec: m.Codec, frame: aiohttp.WSMessage) -> m.ServerMessage:
+    data = frame.data.encode() if isinstance(frame.data, str) else frame.data
+    try:
+        message: m.ServerMessage = codec.decode_server(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ClientConnectionError("the server sent what is no message of the protocol") from error
+    return message

@@ -37,28 +37,27 @@ class IncrementalDetokenizer:
         if self._bytes is not None:
             token_bytes = self._tokenizer.token_bytes
             return self._bytes.decode(b"".join(token_bytes(token) for token in token_ids if token not in self._skip))
-        released = []
         byte_ids, known_ids = self._tokenizer.byte_ids, self._tokenizer.known_ids
-        for token in token_ids:
-            if token in self._skip or token not in known_ids:
-                continue  # logits can be wider than the vocabulary; such an id must not become the context of the next
-            if self._held and self._held[-1] in byte_ids and token not in byte_ids:
-                released.append(self._release())
-            self._held.append(token)
-        if self._held and self._held[-1] not in byte_ids:
-            released.append(self._release())
-        return "".join(released)
+        # Logits can be wider than the vocabulary; such an id must not become the context of the next token.
+        new = [token for token in token_ids if token not in self._skip and token in known_ids]
+        end = max((index for index, token in enumerate(new, 1) if token not in byte_ids), default=0)
+        if not end:
+            self._held += new
+            return ""
+        piece, self._held = self._held + new[:end], new[end:]
+        return self._release(piece)
 
     def finish(self) -> str:
         """Everything still held back."""
         if self._bytes is not None:
             return self._bytes.decode(b"", final=True)
-        return self._release() if self._held else ""
+        piece, self._held = self._held, []
+        return self._release(piece) if piece else ""
 
-    def _release(self) -> str:
+    def _release(self, piece: list[int]) -> str:
         decode = self._tokenizer.decode_raw
-        text = decode(self._before + self._held)[len(decode(self._before)) :] if self._before else decode(self._held)
-        self._before, self._held = self._held[-8:], []
+        text = decode(self._before + piece)[len(decode(self._before)) :] if self._before else decode(piece)
+        self._before = piece[-8:]
         return text
 
 

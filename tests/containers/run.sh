@@ -11,6 +11,7 @@ engine=${ENGINE:-docker}
 compose=${COMPOSE:-docker compose}
 export STREAMKV_PORT=${STREAMKV_PORT:-8300}
 name=streamkv-check
+said=$(mktemp)
 
 say() { printf '\n== %s (after %ss)\n' "$1" "$SECONDS"; }
 fail() { echo "FAILED: $1" >&2; $engine logs "$container" 2>&1 | tail -20 >&2; exit 1; }
@@ -43,7 +44,7 @@ echo "$answer"
 [ -n "$answer" ] || fail "no answer"
 
 say "stop: a running stream is finished first"
-$engine exec "$container" streamkv chat --once "Tell me a long story about a fox." > /tmp/streamkv-story.$$ &
+$engine exec "$container" streamkv chat --once "Tell me a long story about a fox." > "$said" &
 story=$!
 for _ in $(seq 100); do
     $engine logs "$container" 2>&1 | grep -c stream_opened | grep -qv '^[01]$' && break
@@ -51,8 +52,8 @@ for _ in $(seq 100); do
 done
 $compose -p "$name" stop
 wait "$story" || fail "the stream was cut"
-[ "$(wc -w < /tmp/streamkv-story.$$)" -gt 20 ] || fail "the story is short"
-rm -f /tmp/streamkv-story.$$
+[ "$(wc -w < "$said")" -gt 20 ] || fail "the story is short"
+rm -f "$said"
 code=$($engine inspect --format '{{.State.ExitCode}}' "$container")
 [ "$code" = 0 ] || fail "exit status $code"
 $engine logs "$container" 2>&1 | grep '"drained"' || fail "no word about draining"

@@ -229,8 +229,8 @@ async def test_credit_is_an_exact_bound_that_parks_and_wakes(engine: EngineClien
         await reader.tokens("slow", limit)
         await run_to_rest(engine, reader)
         assert len(reader.requests["slow"].tokens) == limit
-        await engine.credit("slow", 1)  # lower: ignored
         await engine.credit("slow", grant)
+        await engine.credit("slow", 1)  # lower: ignored
     (one,) = (await reader.finished(["slow"])).values()
     assert one.tokens == free.tokens
     check_stream(one)

@@ -117,6 +117,15 @@ def test_half_a_character_is_held_back_until_it_is_whole(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+def test_what_comes_before_half_a_character_is_not_held_back_with_it(kind: str) -> None:
+    tokenizer = text_tokenizer(kind)
+    tokens = tokenizer.encode("dog\U0001f980")
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert detokenizer.push(tokens[:-1]) == "dog"
+    assert detokenizer.push(tokens[-1:]) + detokenizer.finish() == "\U0001f980"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
 def test_half_a_character_at_the_end_is_released_as_a_replacement(kind: str) -> None:
     tokenizer = text_tokenizer(kind)
     tokens = tokenizer.encode("a\U0001f980")[:-1]

@@ -208,7 +208,7 @@ async def test_a_reader_is_called_once_a_batch_with_the_events_of_all_its_stream
     batches: list[StepBatch] = []
     async with hub() as streams:
         dispatch = streams._dispatch
-        streams._dispatch = lambda batch: (batches.append(batch), dispatch(batch))[1]  # type: ignore[method-assign]  # a spy
+        streams._dispatch = lambda batch: (batches.append(batch), dispatch(batch))[1]  # type: ignore[method-assign]  # a spy in its place
         await start(streams, "a", "b", "c", sink=one, max_tokens=8)
         await start(streams, "x", sink=other, max_tokens=8)
         for name in "abc":
@@ -266,6 +266,17 @@ async def test_a_stop_string_that_completes_with_the_last_token_is_a_stop() -> N
         finished = await screen.end("a")
     assert screen.text("a") == "the quick brown "
     assert finished.finish_reason == "stop"
+
+
+async def test_a_stop_string_in_what_only_the_end_makes_certain_is_a_stop() -> None:
+    """Byte tokens of sentencepiece are text once something else follows, or nothing more."""
+    tokens = text_tokenizer("byte_fallback").encode("dog🦀")
+    screen = Screen()
+    async with hub(_recite(tokens), tokenizer=text_tokenizer("byte_fallback")) as streams:
+        await start(streams, "a", sink=screen, stop=("🦀",), max_tokens=len(tokens))
+        finished = await screen.end("a")
+    assert screen.text("a") == "dog"
+    assert (finished.finish_reason, finished.completion_tokens) == ("stop", len(tokens))
 
 
 async def test_a_stop_string_across_tokens_and_with_whole_characters() -> None:
@@ -379,7 +390,7 @@ async def test_an_engine_that_is_lost_gives_every_stream_one_last_event(end: str
         assert streams.num_open == 0
         for finished in reasons.values():
             assert finished.finish_reason == ("cancelled" if end == "close" else "error")
-            assert finished.error is None if end == "close" else finished.error[0] == "engine_lost"  # type: ignore[index]  # set
+            assert finished.error is None if end == "close" else finished.error[0] == "engine_lost"  # type: ignore[index]  # set, by the line before
             assert finished.completion_tokens == 5
         assert screens["two"].text("two") == "ababa", "held-back text is not lost with the engine"
         with pytest.raises(StreamKVError) as caught:

@@ -33,6 +33,13 @@ def test_special_tokens_in_plain_text_are_text(kind: str, name: str) -> None:
     assert control(kind, text_tokenizer(kind).encode(f"the {name} dog{name}")) == []
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_tokens_in_plain_text_come_out_as_they_went_in(kind: str, name: str) -> None:
+    tokenizer = text_tokenizer(kind)
+    assert tokenizer.decode(tokenizer.encode(f"the {name} dog")) == f"the {name} dog"
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_template_places_control_tokens(kind: str) -> None:
