@@ -4,16 +4,20 @@ python -m benchmarks.throughput [--rounds 3] [--workloads single mixed32 prefix3
 
 Rounds are interleaved: in each one every engine serves the same requests once, with token ids that no engine has seen before.
 Each engine first runs the same shape untimed. Only the tokens that a request asked for are counted. All are greedy.
+Each engine lives in a process of its own, as it would in use: several OpenMP teams in one process slow each other down even
+while they are idle, because libgomp stops spinning once a process has more threads than there are cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -39,7 +43,7 @@ def main() -> None:
     print_setting("streamkv", "torch", "transformers")
     _print_threads()
     with ExitStack() as stack:
-        engines = {name: stack.enter_context(ENGINES[name](folder, dtype, arguments)) for name in arguments.engines}
+        engines = {name: stack.enter_context(_apart(name, folder, dtype, arguments)) for name in arguments.engines}
         for workload in arguments.workloads:
             results = _measure(engines, workload, arguments)
             _report(workload, results, arguments)
@@ -64,6 +68,43 @@ def _print_threads() -> None:
     import torch
 
     print(f"torch threads: {torch.get_num_threads()}, CPU capability {torch.backends.cpu.get_cpu_capability()}\n", flush=True)
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _apart(name: str, folder: Path, dtype: str, arguments: argparse.Namespace) -> Iterator[Serve]:
+    """An engine in a process of its own."""
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_work, args=(there, name, folder, dtype, arguments), daemon=True)
+    process.start()
+    there.close()
+
+    def serve(batch: Sequence[Job]) -> tuple[float, Outputs]:
+        here.send(list(batch))
+        answer: tuple[float, Outputs] = here.recv()
+        return answer
+
+    try:
+        yield serve
+    finally:
+        here.close()
+        process.join(30)
+
+
+def _work(connection: Connection, name: str, folder: Path, dtype: str, arguments: argparse.Namespace) -> None:
+    """The other end: serve what comes until nothing more can come."""
+    configure_logs(level="warning")
+    with ENGINES[name](folder, dtype, arguments) as serve:
+        while True:
+            try:
+                batch = connection.recv()
+            except EOFError:
+                return
+            gc.collect()
+            connection.send(serve(batch))
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------
@@ -188,7 +229,6 @@ def _measure(engines: dict[str, Serve], workload: str, arguments: argparse.Names
         batch = jobs(workload, arguments.seed + turn, **size)
         outputs: dict[str, Outputs] = {}
         for name, serve in engines.items():
-            gc.collect()
             seconds, outputs[name] = serve(batch)
             print(f"{workload}, round {turn or 'untimed'}: {name} took {seconds:.1f} s", file=sys.stderr, flush=True)
             for job, tokens in zip(batch, outputs[name], strict=True):

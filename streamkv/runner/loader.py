@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from streamkv.attention import LayerSpec
 from streamkv.errors import ModelLoadError
 from streamkv.runner.hook import HOOK_NAME, Probe, register
+from streamkv.runner.packed_linear import pack_linears
 
 __all__ = ["SERVED_ARCHITECTURES", "LoadedModel", "load_model"]
 
@@ -89,7 +90,10 @@ def load_model(
         fingerprint=_fingerprint(path, torch_dtype, seed if load_format == "dummy" else None),
     )
     count = sum(parameter.numel() for parameter in module.parameters())
-    log.info("model_loaded", architecture=architecture, parameters=count, dtype=str(torch_dtype), layers=len(layers))
+    packed = pack_linears(module)  # last: it takes the plain weights away
+    log.info(
+        "model_loaded", architecture=architecture, parameters=count, dtype=str(torch_dtype), layers=len(layers), packed=packed
+    )
     return model
 
 
