@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
+import os
 import signal
 import sys
 from typing import Any
@@ -42,7 +44,8 @@ async def _chat(arguments: argparse.Namespace) -> int:
             return 0 if await _answer(client, history, sampling) else 1
         assert client.welcome is not None
         print(f"{client.welcome.models[0]} at {arguments.url}. Ctrl-C ends an answer, Ctrl-D the chat.")
-        while (line := await _read_line("> ")) is not None:
+        keyboard = _Keyboard()
+        while (line := await keyboard.line("> ")) is not None:
             if not line.strip():
                 continue
             history.append({"role": "user", "content": line})
@@ -72,28 +75,50 @@ async def _answer(client: Client, history: list[dict[str, str]], sampling: dict[
     return True
 
 
-async def _read_line(prompt: str) -> str | None:
-    """A line from the keyboard, off the loop so that the connection stays alive; None at the end of input or at Ctrl-C."""
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[str | None] = loop.create_future()
+class _Keyboard:
+    """Lines of standard input, read off the loop's readiness so that the connection stays alive meanwhile.
 
-    def readable() -> None:
-        line = sys.stdin.readline()
-        if not result.done():
-            result.set_result(line.rstrip("\n") if line else None)
+    Not `sys.stdin.readline`: it may take several lines from the system at once, and of those that it keeps nobody tells the loop.
+    """
 
-    def interrupted() -> None:
-        if not result.done():
-            result.set_result(None)
+    def __init__(self) -> None:
+        self._file = sys.stdin.fileno()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._text = ""
+        self._ended = False
 
-    print(prompt, end="", flush=True)
-    loop.add_reader(sys.stdin, readable)
-    loop.add_signal_handler(signal.SIGINT, interrupted)
-    try:
-        line = await result
-    finally:
-        loop.remove_reader(sys.stdin)
-        loop.remove_signal_handler(signal.SIGINT)
-    if line is None:
-        print()
-    return line
+    async def line(self, prompt: str) -> str | None:
+        """The next line; None at the end of input or at Ctrl-C."""
+        print(prompt, end="", flush=True)
+        while "\n" not in self._text and not self._ended:
+            if not await self._readable():
+                print()
+                return None
+            data = os.read(self._file, 65536)
+            self._ended = not data
+            self._text += self._decoder.decode(data, final=self._ended)
+        line, _, self._text = self._text.partition("\n")
+        if self._ended and not line and not self._text:
+            print()
+            return None
+        return line
+
+    async def _readable(self) -> bool:
+        """Wait for input; False if Ctrl-C comes first."""
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[bool] = loop.create_future()
+
+        def settle(value: bool) -> None:
+            if not result.done():
+                result.set_result(value)
+
+        try:
+            loop.add_reader(self._file, settle, True)
+        except PermissionError:
+            return True  # an ordinary file, which is always readable
+        loop.add_signal_handler(signal.SIGINT, settle, False)
+        try:
+            return await result
+        finally:
+            loop.remove_reader(self._file)
+            loop.remove_signal_handler(signal.SIGINT)

@@ -64,7 +64,8 @@ def capital(text: str) -> str:
 
 
 def casual(rng: random.Random, text: str) -> str:
-    """Write ``text`` as people type it: often lower case, often unpunctuated, now and then mistyped."""
+    """Write ``text`` as people type it: often lower case, often unpunctuated, now and then mistyped; never as nothing."""
+    original = text
     if rng.random() < 0.40:
         text = text.lower()
     draw = rng.random()
@@ -74,7 +75,7 @@ def casual(rng: random.Random, text: str) -> str:
         text = text.replace("'", "").replace(",", "").rstrip("?.!")
     if rng.random() < 0.05:
         text = _mistype(rng, text)
-    return text
+    return text.strip() or original.strip()
 
 
 def _mistype(rng: random.Random, text: str) -> str:

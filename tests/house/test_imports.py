@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.llm": ANYWHERE | VALUES | API | {"streamkv.engine", "streamkv.text"},
     "streamkv.protocol": ANYWHERE | VALUES | {"streamkv.text.events", "streamkv.text.tokenizer"},
     "streamkv.server": ANYWHERE | VALUES | {"streamkv.protocol", "streamkv.text", "streamkv"},
-    "streamkv.client": ANYWHERE | {"streamkv.protocol"},
+    "streamkv.client": ANYWHERE | VALUES | {"streamkv.protocol"},
     "streamkv.cli": {"streamkv"},
     "streamkv.__main__": {"streamkv.cli"},
     "streamkv": {"streamkv.llm", "streamkv.sampling_params"},  # the top level's lazy names

@@ -72,8 +72,19 @@ class HeldEngine(FakeEngine):
 
     hold: int | None = None
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.requests: list[EngineRequest] = []
+        # Cleared, they make the engine one behind a slow wire: the request is on its way, or its answer is.
+        self.taking, self.answering = asyncio.Event(), asyncio.Event()
+        self.taking.set()
+        self.answering.set()
+
     async def submit(self, request: EngineRequest) -> None:
+        self.requests.append(request)
+        await self.taking.wait()
         await super().submit(msgspec.structs.replace(request, credit=self.hold))
+        await self.answering.wait()
 
     async def release(self, limit: int = 2**31) -> None:
         """Let every live request, and none to come, go on up to so many tokens."""

@@ -134,6 +134,7 @@ async def test_errors_name_the_field_and_leave_other_streams_alone(ask: Callable
     async with serving() as served, connect(served.url) as client:
         served.engine.hold = 1
         other = client.complete("abc", max_tokens=5)
+        await eventually(lambda: live(served) == 1)
         if code is None:
             with pytest.raises(InvalidRequestError):
                 ask(client)

@@ -207,6 +207,35 @@ async def test_a_connection_lost_while_its_prompt_is_tokenised_leaves_nothing_in
             await served.quiet()
 
 
+@pytest.mark.parametrize("slow", ["taking", "answering"])
+async def test_a_connection_lost_while_the_engine_takes_its_request_leaves_nothing_in_the_engine(slow: str):
+    async with serving() as served:
+        served.engine.hold = 0
+        event: asyncio.Event = getattr(served.engine, slow)
+        event.clear()
+        async with served.raw() as raw:
+            await raw.create(["a", "b"], "abc", max_tokens=10)
+            await eventually(lambda: bool(served.engine.requests))
+            (connection,) = served.server._connections
+            raw.socket._writer.transport.abort()
+            await eventually(lambda: connection.session.closed)
+        event.set()
+        await eventually(lambda: not served.server._connections)
+        await served.quiet()
+
+
+async def test_a_stream_is_accepted_before_its_text_even_if_the_engine_is_faster_with_the_text():
+    async with serving() as served, served.raw() as raw:
+        served.engine.answering.clear()
+        await raw.create("s", "abc", max_tokens=6)
+        await eventually(lambda: bool(served.engine.requests) and not served.engine.live)
+        assert await raw.synced() == []
+        served.engine.answering.set()
+        ended = await raw.ended("s")
+        assert [message["t"] for message in ended.messages] == ["accepted", "status", "delta", "done"]
+        assert ended.text == "abcabc"
+
+
 async def test_text_waits_to_be_merged_but_never_longer_than_the_flush_time():
     limits = SessionLimits(flush_tokens=8, flush_s=0.01, flush_busy_s=0.02)
     async with serving(limits=limits) as served, served.raw() as raw:
