@@ -1,7 +1,7 @@
 """The runner's one rewrite of a model: linear layers in bfloat16 on the CPU get weights packed for oneDNN once, at load.
 
 `torch.nn.functional.linear` lays a weight out anew on every call; for the few rows of a decode step that costs as much as
-the product. Packed once, a layer reads its weight at twice the speed with 1 to 8 rows and is never slower (docs/benchmarks.md).
+the product. Packed once, the weight is read as it lies.
 float32, other devices and builds of torch without oneDNN keep their modules, which are also the oracle in the tests.
 """
 
