@@ -103,7 +103,14 @@ def _load(config: EngineConfig) -> _Parts:
             f"backend {backend.name!r} runs on {backend.limits.device}, not on {device}; leave device at auto",
             param="device",
         )
-    model = load_model(config.model_path, device=device, dtype=config.dtype, load_format=config.load_format, seed=config.seed)
+    model = load_model(
+        config.model_path,
+        device=device,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        max_model_len=config.max_model_len,
+        seed=config.seed,
+    )
     max_model_len = config.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:
         raise ConfigError(f"max_model_len {max_model_len} is more than the model's {model.max_model_len}", param="max_model_len")

@@ -15,13 +15,11 @@ from transformers.utils import logging as transformers_logging
 
 from streamkv.attention import LayerSpec
 from streamkv.errors import ModelLoadError
-from streamkv.runner.hook import HOOK_NAME, Probe, register
+from streamkv.runner.architecture import check_architecture, pin_rope, probe_layers
+from streamkv.runner.hook import HOOK_NAME, register
 from streamkv.runner.packed_linear import pack_linears
 
-__all__ = ["SERVED_ARCHITECTURES", "LoadedModel", "load_model"]
-
-SERVED_ARCHITECTURES: Final = frozenset({"LlamaForCausalLM"})
-"""Families with a parity test; everything else is refused by name."""
+__all__ = ["LoadedModel", "load_model"]
 
 _FORBIDDEN_KEYS: Final = ("auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation")
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,13 +53,20 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path, *, device: str = "cpu", dtype: str = "auto", load_format: LoadFormat = "safetensors", seed: int = 0
+    path: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    load_format: LoadFormat = "safetensors",
+    max_model_len: int | None = None,
+    seed: int = 0,
 ) -> LoadedModel:
     """Load a folder in Hugging Face's layout.
 
     Args:
         path: folder with config.json and, unless `load_format` is `dummy`, *.safetensors.
         dtype: `auto` takes what the folder declares.
+        max_model_len: most tokens of a request, which rope tables are fixed for; None = what the model was made for.
         seed: of the random weights of `dummy`.
 
     Raises:
@@ -70,15 +75,13 @@ def load_model(
     check_folder(path, weights=load_format == "safetensors")
     register()
     config = _read_config(path)
-    architecture = (config.architectures or ["an unnamed architecture"])[0]
-    if architecture not in SERVED_ARCHITECTURES:
-        raise ModelLoadError(f"{architecture} is not served; served are {', '.join(sorted(SERVED_ARCHITECTURES))}")
-    _check_rope(config)
+    architecture = check_architecture(config)
     torch_dtype = _resolve_dtype(config, dtype)
     target = torch.device(device)
     module = _dummy(config, torch_dtype, seed) if load_format == "dummy" else _from_safetensors(path, config, torch_dtype)
     module = module.to(target).eval().requires_grad_(False)
-    layers = _probe(module, target)
+    pin_rope(module, config, max_model_len)
+    layers = probe_layers(module, config, target)
     model = LoadedModel(
         module=module,
         layers=layers,
@@ -139,14 +142,6 @@ def _refuse_code(value: object, where: str) -> None:
             _refuse_code(inner, where)
 
 
-def _check_rope(config: PretrainedConfig) -> None:
-    """Rope tables are fixed at load; types that depend on the running batch's length would mix requests."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kind = parameters.get("rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise ModelLoadError(f"rope type {kind!r} depends on the length of what runs beside it and is not supported")
-
-
 def _resolve_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
     if dtype == "auto":
         declared = config.dtype
@@ -184,16 +179,6 @@ def _dummy(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=HOOK_NAME, trust_remote_code=False)
-
-
-def _probe(module: Any, device: torch.device) -> tuple[LayerSpec, ...]:
-    probe = Probe()
-    ids = torch.zeros((1, 1), dtype=torch.long, device=device)
-    with torch.inference_mode():
-        module(input_ids=ids, position_ids=ids, use_cache=False, streamkv_context=probe)
-    if sorted(probe.layers) != list(range(len(probe.layers))) or not probe.layers:
-        raise ModelLoadError("the model's attention layers do not go through transformers' attention interface")
-    return tuple(probe.layers[index] for index in range(len(probe.layers)))
 
 
 def _eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
