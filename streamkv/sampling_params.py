@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -19,10 +19,17 @@ __all__ = [
     "MAX_N",
     "MAX_STOP_STRINGS",
     "MAX_STOP_TOKEN_IDS",
+    "Pooling",
+    "PromptLogprobs",
     "Sampling",
     "SamplingParams",
     "TokenLogprobs",
 ]
+
+Pooling = Literal["mean", "last"]
+"""How the last hidden states of a prompt become one vector: their mean, or that of the last token."""
+
+POOLINGS: Final[tuple[Pooling, ...]] = ("mean", "last")
 
 MAX_N = 16
 MAX_STOP_STRINGS = 4
@@ -248,6 +255,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     chosen: float
     top: tuple[tuple[int, float], ...] = ()
     rank: int = 0
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities of the prompt tokens start, start + 1, ..., each given the tokens before it. `start` is at least 1."""
+
+    start: int
+    entries: tuple[TokenLogprobs, ...]
 
 
 def _integer(name: str, value: object, low: int, high: int) -> None:

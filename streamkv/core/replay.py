@@ -44,7 +44,7 @@ class RecordingScheduler(Scheduler):
     def submit(self, ids: tuple[str, ...], prompt: list[int], stop: StopRule, **options: Any) -> None:
         """Queue and record; a refused request is not recorded."""
         super().submit(ids, prompt, stop, **options)
-        rule = {"max_tokens": stop.max_tokens, "stop_token_ids": sorted(stop.stop_token_ids)}
+        rule = {"max_tokens": stop.max_tokens, "stop_token_ids": sorted(stop.stop_token_ids), "min_tokens": stop.min_tokens}
         self._log("submit", ids=ids, prompt=prompt, stop=rule, options=options)
 
     def cancel(self, request_id: str, reason: str = "cancelled", error: tuple[str, str] | None = None) -> Event | None:
@@ -91,7 +91,8 @@ def replay(lines: Iterable[str]) -> Scheduler:
     for number, record in enumerate(records, 2):
         match record["call"]:
             case "submit":
-                rule = StopRule(record["stop"]["max_tokens"], frozenset(record["stop"]["stop_token_ids"]))
+                stop = record["stop"]
+                rule = StopRule(stop["max_tokens"], frozenset(stop["stop_token_ids"]), stop["min_tokens"])
                 scheduler.submit(tuple(record["ids"]), record["prompt"], rule, **record["options"])
             case "cancel":
                 error = tuple(record["error"]) if record["error"] else None

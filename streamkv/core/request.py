@@ -48,12 +48,14 @@ class StopRule:
     """When a request ends by itself.
 
     Attributes:
-        max_tokens: most output tokens, at least 1.
+        max_tokens: most output tokens; 0 = the request ends once its prompt is computed, with reason `length`.
         stop_token_ids: an output token in this set ends the request, with reason `stop`.
+        min_tokens: so many output tokens are taken whatever they are; the set counts from the next one on.
     """
 
     max_tokens: int
     stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
 
 
 class Request:
@@ -78,7 +80,7 @@ class Request:
         published: number of leading blocks that were offered to the index. Owner: KV cache.
         parent: serial (or root) that the next published block hangs on; None once the chain is broken.
         cached: prompt tokens that came from the cache at the first admission; -1 before.
-        limit: `len(tokens)` at which the request ends by length.
+        limit: `len(tokens)` at which the request ends by length; who only computes its prompt samples one token, dropped.
         num_preemptions: how often it lost its blocks.
     """
 
@@ -123,7 +125,7 @@ class Request:
         self.tokens = list(prompt)
         self.num_prompt = len(prompt)
         self.stop = stop
-        self.limit = len(prompt) + stop.max_tokens
+        self.limit = len(prompt) + max(1, stop.max_tokens)
         self.priority = priority
         self.arrival = arrival
         self.credit = credit

@@ -153,8 +153,8 @@ class Scheduler:
                 raise InvalidRequestError(f"request id {request_id!r} is in use", param="id")
         if not prompt:
             raise InvalidRequestError("the prompt is empty; send at least one token", param="prompt")
-        if stop.max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        if stop.max_tokens < 0:
+            raise InvalidRequestError("max_tokens must be at least 0", param="max_tokens")
         total = len(prompt) + stop.max_tokens
         if total > config.max_model_len:
             raise ContextLengthError(
@@ -163,7 +163,7 @@ class Scheduler:
                 param="prompt",
             )
         # The last sampled token is never fed back, so it needs no slot.
-        blocks = -(-(total - 1) // size)
+        blocks = -(-max(total - 1, len(prompt)) // size)
         if blocks > self.cache.pool.num_blocks:
             raise KVCapacityError(
                 f"the request needs {blocks} KV blocks and the server has {self.cache.pool.num_blocks}; shorten it",
@@ -480,7 +480,7 @@ class Scheduler:
         events = self._events
         self._events = []
         size = self.cache.block_size
-        failed, logprobs = sampled.failed, sampled.logprobs
+        failed, extras = sampled.failed, sampled.extras
         for index, (request, count, new) in enumerate(zip(members, step.counts, sampled.tokens, strict=True)):
             if index in failed:
                 # Whoever has left meanwhile has left its NaN behind the fence.
@@ -496,19 +496,26 @@ class Scheduler:
                     self._publish(request)
                 if request.id in self._held and request.computed >= request.num_prompt - 1:
                     self._release_held(request.id)
+            extra = extras.get(index) if extras else None
             if new:
-                events.append(self._append(request, new, logprobs.get(index) if logprobs else None))
+                events.append(self._append(request, new, extra))
+            elif extra is not None:
+                events.append(Event(request.id, extra=extra))
         self.cache.lift(step.id)
         return events
 
-    def _append(self, request: Request, new: tuple[int, ...], logprobs: object) -> Event:
+    def _append(self, request: Request, new: tuple[int, ...], extra: object) -> Event:
         """Add sampled tokens, end the request if one of them ends it. Also for one preempted after the step was planned."""
-        tokens, stop_ids, reason = request.tokens, request.stop.stop_token_ids, None
+        tokens, stop, reason = request.tokens, request.stop, None
         first = len(tokens) == request.num_prompt
         request.pending -= 1
+        if stop.max_tokens == 0:
+            self._finish(request)
+            return Event(request.id, extra=extra, finish_reason="length")
+        stop_ids, armed = stop.stop_token_ids, request.num_prompt + stop.min_tokens
         for position, token in enumerate(new, 1):
             tokens.append(token)
-            if token in stop_ids:
+            if token in stop_ids and len(tokens) > armed:
                 reason = "stop"
             elif len(tokens) >= request.limit:
                 reason = "length"
@@ -521,7 +528,7 @@ class Scheduler:
             self._waiting_tokens += len(new)
         if reason is not None:
             self._finish(request)
-        return Event(request.id, new, "decode" if first else None, logprobs, None, reason)
+        return Event(request.id, new, "decode" if first else None, extra, None, reason)
 
     def _fail_numerically(self, request: Request) -> Event:
         """End a request whose logits are NaN or Inf: nothing more of it is published."""
@@ -608,6 +615,11 @@ class Scheduler:
         """Events since the last commit, when no commit will follow soon."""
         events, self._events = self._events, []
         return events
+
+    def tokens_of(self, request_id: str) -> tuple[list[int], int]:
+        """(prompt and committed output, length of the prompt) of a live request. The list is the request's own: read it now."""
+        request = self._requests[request_id]
+        return request.tokens, request.num_prompt
 
     def live_ids(self) -> list[str]:
         """Every request without its last event, in the order of submission."""

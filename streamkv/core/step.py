@@ -57,21 +57,24 @@ class Sampled:
     Attributes:
         tokens: per entry of the step the sampled ids (empty where nothing was sampled; several once a step can speculate).
         failed: entries whose logits hold NaN or Inf.
-        logprobs: per entry whatever the caller wants handed through, only for entries that have some.
+        extras: per entry whatever else the runner has to hand through to the reader, only for entries that have some.
     """
 
     tokens: Sequence[tuple[int, ...]]
     failed: frozenset[int] = frozenset()
-    logprobs: Mapping[int, Any] = field(default_factory=dict)
+    extras: Mapping[int, Any] = field(default_factory=dict)
 
 
 class Event(NamedTuple):
-    """What happened to one request. The event with a `finish_reason` is its last, and there is exactly one."""
+    """What happened to one request. The event with a `finish_reason` is its last, and there is exactly one.
+
+    `extra` is what `Sampled.extras` held for it.
+    """
 
     id: str
     tokens: tuple[int, ...] = ()
     state: Literal["prefill", "decode", "preempted"] | None = None
-    logprobs: Any = None
+    extra: Any = None
     cached: int | None = None
     finish_reason: str | None = None
     error: tuple[str, str] | None = None

@@ -6,12 +6,13 @@ step produced travels as one `StepBatch`, never as one message per token per req
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Literal, Protocol
 
 import msgspec
 
-from streamkv.sampling_params import Sampling, TokenLogprobs
+from streamkv.errors import InvalidRequestError
+from streamkv.sampling_params import Pooling, PromptLogprobs, Sampling, TokenLogprobs
 
 __all__ = [
     "EngineClient",
@@ -19,10 +20,14 @@ __all__ = [
     "EngineRequest",
     "EngineStats",
     "FinishReason",
+    "Pooling",
+    "PromptLogprobs",
     "Sampling",
     "StepBatch",
     "StepOutput",
     "TokenLogprobs",
+    "check_processors",
+    "check_wish",
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -39,6 +44,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         salt: isolates the prefix cache: only requests with the same salt share blocks.
         use_cache: False = neither read nor publish cached blocks.
         credit: number of output tokens the client accepts so far (absolute); None = no limit.
+        pooling: None, or the request asks for one vector of its prompt; then it neither generates nor uses the cache.
     """
 
     ids: tuple[str, ...]
@@ -48,6 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     salt: str = ""
     use_cache: bool = True
     credit: int | None = None
+    pooling: Pooling | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -58,6 +65,8 @@ class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         state: set when it changed: "prefill" (admitted), "decode" (first token), "preempted".
         token_ids: new output tokens, in order.
         logprobs: one per new token, if asked for.
+        prompt_logprobs: of further prompt tokens, if asked for: in order, each position once, before any output token.
+        embedding: the pooled vector, float32 little-endian, if asked for: on the last output.
         cached: prompt tokens that came from the prefix cache, set together with state "prefill".
         finish_reason: set on the last output.
         error: (code, sentence), if the reason is "error".
@@ -70,6 +79,8 @@ class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     cached: int | None = None
     finish_reason: FinishReason | None = None
     error: tuple[str, str] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: bytes | None = None
 
 
 class StepBatch(msgspec.Struct, frozen=True):
@@ -85,6 +96,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     Attributes:
         vocab_size: width of the logits; every token id must be below it.
         eos_token_ids: the model's own end-of-sequence ids.
+        embedding_dim: width of a pooled vector; 0 = the engine pools nothing.
+        logits_processors: names that a request may ask for.
         epoch: differs for every engine process.
     """
 
@@ -99,6 +112,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     backend: str
     dtype: str
     epoch: str
+    embedding_dim: int = 0
+    logits_processors: tuple[str, ...] = ()
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -127,7 +142,8 @@ class EngineClient(Protocol):
         """Queue a request; after that each of its ids gets exactly one final output through `steps()`.
 
         Raises:
-            InvalidRequestError: it can never be served (ids in use, token id out of range, context, KV capacity).
+            InvalidRequestError: it can never be served (ids in use, token id out of range, context, KV capacity, pooling
+                together with generation, an unknown logits processor).
             OverloadedError: the waiting queue is full.
             DrainingError: the engine is shutting down.
         """
@@ -152,3 +168,31 @@ class EngineClient(Protocol):
 
     async def close(self) -> None:
         """Stop; every unfinished request gets a final output first."""
+
+
+def check_wish(request: EngineRequest, info: EngineInfo) -> None:
+    """What no engine can give, whatever its model.
+
+    Raises:
+        InvalidRequestError: the first thing wrong with it.
+    """
+    sampling = request.sampling
+    if request.pooling is not None:
+        if not info.embedding_dim:
+            raise InvalidRequestError("this model gives no embeddings", param="pooling")
+        if sampling.max_tokens or sampling.prompt_logprobs is not None or len(request.ids) > 1:
+            raise InvalidRequestError("an embedding is one request of one id that generates nothing", param="pooling")
+    check_processors((name for name, _ in sampling.processors), info)
+
+
+def check_processors(names: Iterable[str], info: EngineInfo) -> None:
+    """Refuse logits processors that the engine was not started with.
+
+    Raises:
+        InvalidRequestError: the first such name.
+    """
+    for name in names:
+        if name not in info.logits_processors:
+            known = ", ".join(info.logits_processors) or "none"
+            message = f"logits processor {name[:64]!r} is not enabled; enabled: {known}"
+            raise InvalidRequestError(message, param="logits_processors")

@@ -23,6 +23,7 @@ from streamkv.errors import ConfigError
 from streamkv.runner.loader import LoadedModel, load_model
 from streamkv.runner.memory import num_blocks_for
 from streamkv.runner.model_runner import ModelRunner
+from streamkv.runner.prompt_reader import HiddenTap
 
 __all__ = ["build_engine"]
 
@@ -36,6 +37,8 @@ class _Parts:
     num_blocks: int
     max_model_len: int
     backend: str
+    embedding_dim: int
+    logits_processors: tuple[str, ...]
 
 
 @asynccontextmanager
@@ -81,6 +84,8 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
         backend=parts.backend,
         dtype=str(parts.model.dtype).removeprefix("torch."),
         epoch=secrets.token_hex(8),
+        embedding_dim=parts.embedding_dim,
+        logits_processors=parts.logits_processors,
     )
     engine = InProcessEngine(
         scheduler, parts.runner, thread, info, look_ahead=config.look_ahead, clock=clock, check=config.poison
@@ -127,7 +132,16 @@ def _load(config: EngineConfig) -> _Parts:
         max_model_len=max_model_len,
     )
     pool = backend.allocate_kv(KVSpec(num_blocks, config.block_size, model.dtype, model.layers))
+    tap = HiddenTap(model.module)
+    if not tap.width:
+        log.info("no_embeddings", reason="the model's hidden states do not come by before its vocabulary projection")
     runner = ModelRunner(
-        model, backend, pool, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, poison=config.poison
+        model,
+        backend,
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=max_model_len,
+        tap=tap if tap.width else None,
+        poison=config.poison,
     )
-    return _Parts(model, runner, num_blocks, max_model_len, backend.name)
+    return _Parts(model, runner, num_blocks, max_model_len, backend.name, tap.width, ())

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from typing import Final, Protocol, cast
 
 import structlog
@@ -19,10 +20,11 @@ import structlog
 from streamkv.core.request import StopRule
 from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Event, Sampled, Step
-from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput
+from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput, check_wish
 from streamkv.engine.thread import RunnerThread
 from streamkv.errors import DrainingError, InvalidRequestError
-from streamkv.runner.params import RowParams
+from streamkv.runner.params import RowExtra, RowParams
+from streamkv.sampling_params import Pooling, Sampling
 
 __all__ = ["InProcessEngine", "Runner"]
 
@@ -42,6 +44,16 @@ class Runner(Protocol):
 
     def resume(self) -> None:
         """Compute again."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What a live request wants of the runner, and how many prompt tokens' log-probabilities it has had."""
+
+    sampling: Sampling
+    branch: int
+    pooling: Pooling | None
+    reported: int = 0
 
 
 class InProcessEngine:
@@ -70,7 +82,7 @@ class InProcessEngine:
         self._depth = 2 if look_ahead else 1
         self._clock = clock
         self._check = check
-        self._params: dict[str, RowParams] = {}
+        self._asked: dict[str, _Asked] = {}
         self._flight: deque[tuple[Step, asyncio.Future[Sampled]]] = deque()
         self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue(_MAX_BATCHES)
         self._ended: list[Event] = []  # last events of cancelled requests, sent with the next batch
@@ -100,20 +112,22 @@ class InProcessEngine:
             raise InvalidRequestError(f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt")
         for request_id in request.ids:
             # The scheduler forgets a cancelled request at once; here its last output may still be waiting to be sent.
-            if request_id in self._params:
+            if request_id in self._asked:
                 raise InvalidRequestError(f"request id {request_id!r} is in use", param="id")
         sampling = request.sampling
+        check_wish(request, self._info)
         self._scheduler.submit(
             request.ids,
             request.prompt,
-            StopRule(sampling.max_tokens, frozenset(sampling.stop_token_ids)),
+            StopRule(sampling.max_tokens, frozenset(sampling.stop_token_ids), sampling.min_tokens),
             priority=request.priority,
             salt=request.salt,
-            use_cache=request.use_cache,
+            # What is wanted of every prompt token needs every prompt token computed.
+            use_cache=request.use_cache and request.pooling is None and sampling.prompt_logprobs is None,
             credit=request.credit,
         )
         for branch, request_id in enumerate(request.ids):
-            self._params[request_id] = RowParams(sampling, branch)
+            self._asked[request_id] = _Asked(sampling, branch, request.pooling)
         self._idle.clear()
         self._wake.set()
 
@@ -207,8 +221,17 @@ class InProcessEngine:
             await self._rest()
 
     def _start(self, step: Step) -> None:
-        params = {row: self._params[request_id] for row, request_id in step.admitted}
+        params = self._row_params(step)
         self._flight.append((step, self._thread.submit(self._runner.run, step, params)))
+
+    def _row_params(self, step: Step) -> dict[int, RowParams]:
+        """By row, for whoever enters with this step."""
+        params: dict[int, RowParams] = {}
+        for row, request_id in step.admitted:
+            asked = self._asked[request_id]
+            tokens, num_prompt = self._scheduler.tokens_of(request_id)
+            params[row] = RowParams(asked.sampling, asked.branch, tuple(tokens), num_prompt, asked.reported, asked.pooling)
+        return params
 
     async def _finish_oldest(self) -> None:
         step, future = self._flight[0]
@@ -275,7 +298,7 @@ class InProcessEngine:
         step = self._scheduler.plan(self._clock(), group)
         if step is None:
             return True
-        params = {row: self._params[request_id] for row, request_id in step.admitted}
+        params = self._row_params(step)
         try:
             sampled = await self._thread.submit(self._runner.run, step, params)
         except Exception as error:
@@ -303,22 +326,36 @@ class InProcessEngine:
 
     def _batch(self, events: list[Event]) -> StepBatch | None:
         # A cancelled request's earlier events are purged by the scheduler; its last event comes after all others.
-        outputs = [_as_output(event) for event in events]
+        outputs = [self._output(event) for event in events]
         if self._ended:
-            outputs += [_as_output(event) for event in self._ended]
+            outputs += [self._output(event) for event in self._ended]
             self._ended = []
         if not outputs:
             return None
         for output in outputs:
             if output.finish_reason is not None:
-                self._params.pop(output.id, None)
+                self._asked.pop(output.id, None)
         if not self._scheduler.has_requests:
             self._idle.set()
         return StepBatch(outputs, self._clock())
 
-
-def _as_output(event: Event) -> StepOutput:
-    # The core speaks plain strings; its reasons are those of the seam.
-    logprobs = None if event.logprobs is None else (event.logprobs,)
-    reason = cast("FinishReason | None", event.finish_reason)
-    return StepOutput(event.id, event.tokens, event.state, logprobs, event.cached, reason, event.error)
+    def _output(self, event: Event) -> StepOutput:
+        # The core speaks plain strings; its reasons are those of the seam.
+        reason = cast("FinishReason | None", event.finish_reason)
+        if event.extra is None:
+            return StepOutput(event.id, event.tokens, event.state, None, event.cached, reason, event.error)
+        extra: RowExtra = event.extra
+        if extra.prompt_logprobs is not None:
+            self._asked[event.id].reported = extra.prompt_logprobs.start + len(extra.prompt_logprobs.entries)
+        logprobs = None if extra.logprobs is None or not event.tokens else (extra.logprobs,)
+        return StepOutput(
+            event.id,
+            event.tokens,
+            event.state,
+            logprobs,
+            event.cached,
+            reason,
+            event.error,
+            extra.prompt_logprobs,
+            extra.embedding,
+        )

@@ -12,10 +12,11 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
-from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput
+from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput, check_wish
 from streamkv.errors import ContextLengthError, DrainingError, InvalidRequestError, OverloadedError
+from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
 
 __all__ = ["FakeEngine", "Reply", "fake_info"]
 
@@ -25,7 +26,7 @@ Reply = Callable[[EngineRequest, int, int], int]
 _MAX_BATCHES: Final = 1024
 
 
-def fake_info(*, vocab_size: int = 1024, max_model_len: int = 4096) -> EngineInfo:
+def fake_info(*, vocab_size: int = 1024, max_model_len: int = 4096, embedding_dim: int = 0) -> EngineInfo:
     """Facts of a made-up model."""
     return EngineInfo(
         model="fake",
@@ -39,6 +40,7 @@ def fake_info(*, vocab_size: int = 1024, max_model_len: int = 4096) -> EngineInf
         backend="none",
         dtype="none",
         epoch="fake",
+        embedding_dim=embedding_dim,
     )
 
 
@@ -100,8 +102,9 @@ class FakeEngine:
             raise InvalidRequestError("the prompt must have at least one token", param="prompt")
         if max(request.prompt) >= self._info.vocab_size or min(request.prompt) < 0:
             raise InvalidRequestError(f"every token id must be at least 0 and below {self._info.vocab_size}", param="prompt")
-        if request.sampling.max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        if request.sampling.max_tokens < 0:
+            raise InvalidRequestError("max_tokens must be at least 0", param="max_tokens")
+        check_wish(request, self._info)
         longest = len(request.prompt) + request.sampling.max_tokens
         if longest > self._info.max_model_len:
             raise ContextLengthError(f"prompt and max_tokens make {longest} tokens, more than {self._info.max_model_len}")
@@ -196,18 +199,25 @@ class FakeEngine:
         for request_id, live in list(self._live.items()):
             if live.credit is not None and live.num_tokens >= live.credit:
                 continue
-            token = self._reply(live.request, live.branch, live.num_tokens)
             first = live.num_tokens == 0
             if first:
                 outputs.append(StepOutput(request_id, state="prefill", cached=0))
-            live.num_tokens += 1
             sampling = live.request.sampling
+            known = self._of_prompt(live) if first else None
+            if sampling.max_tokens == 0:
+                vector = bytes(4 * self._info.embedding_dim) if live.request.pooling is not None else None
+                outputs.append(StepOutput(request_id, finish_reason="length", prompt_logprobs=known, embedding=vector))
+                del self._live[request_id]
+                continue
+            token = self._reply(live.request, live.branch, live.num_tokens)
+            live.num_tokens += 1
             reason: FinishReason | None = None
-            if token in sampling.stop_token_ids:
+            if token in sampling.stop_token_ids and live.num_tokens > sampling.min_tokens:
                 reason = "stop"
             elif live.num_tokens >= sampling.max_tokens:
                 reason = "length"
-            outputs.append(StepOutput(request_id, (token,), state="decode" if first else None, finish_reason=reason))
+            state: Literal["decode"] | None = "decode" if first else None
+            outputs.append(StepOutput(request_id, (token,), state, finish_reason=reason, prompt_logprobs=known))
             if reason is not None:
                 del self._live[request_id]
         self._output_tokens += sum(len(output.token_ids) for output in outputs)
@@ -215,3 +225,10 @@ class FakeEngine:
             self._steps += 1
         ended, self._ended = self._ended, []
         return outputs + ended
+
+    @staticmethod
+    def _of_prompt(live: _Live) -> PromptLogprobs | None:
+        """Every prompt token is certain."""
+        if live.request.sampling.prompt_logprobs is None or live.branch:
+            return None
+        return PromptLogprobs(1, (TokenLogprobs(0.0, (), 1),) * (len(live.request.prompt) - 1))

@@ -1,26 +1,24 @@
-"""What the runner is told of an admitted row, beside the step."""
+"""What the runner is told of an admitted row beside the step, and what it says of an entry beside its token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from streamkv.sampling_params import Sampling
+from streamkv.sampling_params import Pooling, PromptLogprobs, Sampling, TokenLogprobs
 
-__all__ = ["Pooling", "RowParams"]
-
-Pooling = Literal["mean", "last"]
+__all__ = ["RowExtra", "RowParams"]
 
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """How a newly admitted row is sampled.
+    """What a newly admitted row wants.
 
     Attributes:
         branch: index of the parallel sample; with the seed and the position it picks the random number.
-        tokens: prompt and output so far, as known at admission (a preempted request comes back with its output).
+        tokens: prompt and output so far (a preempted request comes back with its output).
         num_prompt: how many of them are prompt.
+        reported: prompt tokens whose log-probabilities have been reported already, before a preemption.
         pooling: None, or how the prompt's last hidden states become one vector.
     """
 
@@ -28,4 +26,25 @@ class RowParams:
     branch: int
     tokens: Sequence[int] = ()
     num_prompt: int = 0
+    reported: int = 0
     pooling: Pooling | None = None
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """How many alternatives to report for prompt tokens; the samples of one prompt report them once, with the first."""
+        return self.sampling.prompt_logprobs if self.branch == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class RowExtra:
+    """`Sampled.extras` of one entry.
+
+    Attributes:
+        logprobs: of the sampled token.
+        prompt_logprobs: of the prompt tokens that this step made known.
+        embedding: the pooled vector, float32, little-endian.
+    """
+
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: bytes | None = None

@@ -39,11 +39,13 @@ def reference(prompt: list[int], request_id: str, stop: StopRule) -> tuple[list[
     for token in prompt:
         state = chain(state, token)
     output: list[int] = []
+    if stop.max_tokens == 0:
+        return output, "length"
     while True:
         token = next_token(state, branch_of(request_id))
         output.append(token)
         state = chain(state, token)
-        if token in stop.stop_token_ids:
+        if token in stop.stop_token_ids and len(output) > stop.min_tokens:
             return output, "stop"
         if len(output) == stop.max_tokens:
             return output, "length"
@@ -169,8 +171,8 @@ class World:
         self.now = 0.0
 
     def submit(self, name: str, prompt: list[int], max_tokens: int = 4, *, n: int = 1, **options: object) -> tuple[str, ...]:
-        stop_ids = options.pop("stop_token_ids", frozenset())
-        stop = StopRule(max_tokens, stop_ids)  # type: ignore[arg-type]  # tests pass frozensets
+        stop_ids, min_tokens = options.pop("stop_token_ids", frozenset()), options.pop("min_tokens", 0)
+        stop = StopRule(max_tokens, stop_ids, min_tokens)  # type: ignore[arg-type]  # tests pass frozensets and integers
         ids = (name,) if n == 1 else tuple(f"{name}/{branch}" for branch in range(n))
         self.scheduler.submit(ids, prompt, stop, **options)  # type: ignore[arg-type]  # passed through
         for request_id in ids:

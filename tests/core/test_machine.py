@@ -37,7 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prefix=st.sampled_from(PREFIXES),
         own=st.lists(st.integers(0, VOCAB - 1), max_size=6),
-        max_tokens=st.integers(1, 9),
+        max_tokens=st.integers(0, 9),
+        min_tokens=st.sampled_from([0, 0, 2]),
         n=st.sampled_from([1, 1, 2, 3]),
         stop=st.sampled_from([frozenset(), frozenset({3})]),
         credit=st.sampled_from([None, None, None, 0, 2]),

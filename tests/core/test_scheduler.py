@@ -7,9 +7,9 @@ import pytest
 from streamkv.core.kv_cache import KVCache
 from streamkv.core.request import StopRule
 from streamkv.core.scheduler import Scheduler, SchedulerConfig
-from streamkv.core.step import PENDING, Step
+from streamkv.core.step import PENDING, Sampled, Step
 from streamkv.errors import ContextLengthError, InvalidRequestError, KVCapacityError, OverloadedError, StreamKVError
-from tests.core.model import World
+from tests.core.model import VOCAB, World
 
 
 def planned(world: World) -> Step:
@@ -233,9 +233,10 @@ def test_credit_stops_and_wakes_a_request_exactly_at_the_limit() -> None:
         (InvalidRequestError, "distinct", (("a", "a"), [1], 1)),
         (InvalidRequestError, "in use", (("live",), [1], 1)),
         (InvalidRequestError, "empty", (("a",), [], 1)),
-        (InvalidRequestError, "max_tokens", (("a",), [1], 0)),
+        (InvalidRequestError, "max_tokens", (("a",), [1], -1)),
         (ContextLengthError, "65, more than the context of 64", (("a",), [1] * 60, 5)),
         (KVCapacityError, "10 KV blocks and the server has 9", (("a",), [1] * 37, 2)),
+        (KVCapacityError, "10 KV blocks and the server has 9", (("a",), [1] * 37, 0)),
         (OverloadedError, "waiting already", (("a", "b", "c", "d", "e"), [1], 1)),
     ],
     ids=lambda value: None,
@@ -257,6 +258,46 @@ def test_a_request_as_large_as_the_pool_runs() -> None:
     world.run()
     world.verify()
     assert world.reason == {"r": "length"}
+
+
+def test_a_request_that_generates_nothing_ends_when_its_prompt_is_computed() -> None:
+    world = World(num_blocks=9, budget=16)
+    world.submit("r", [1, 2, 3] * 12, 0)  # 36 tokens: the whole pool, three chunks
+    world.run()
+    world.verify()
+    assert (world.output["r"], world.reason) == ([], {"r": "length"})
+    assert sum(sum(step.counts) for step in world.steps) == 36
+    assert [event.state for event in world.events] == ["prefill", None], "it never decodes"
+    assert world.scheduler.stats().output_tokens == 0
+
+
+def test_samples_that_generate_nothing_share_the_prompt() -> None:
+    world = World()
+    world.submit("r", [1, 2, 3, 4, 5, 6], 0, n=3)
+    world.run()
+    assert world.reason == dict.fromkeys(("r/0", "r/1", "r/2"), "length")
+
+
+def test_no_stop_token_ends_a_request_before_its_min_tokens() -> None:
+    for least in range(9):
+        world = World()
+        world.submit("r", [1], 8, stop_token_ids=frozenset(range(VOCAB)), min_tokens=least)
+        world.run()
+        world.verify()
+        assert (len(world.output["r"]), world.reason["r"]) == ((least + 1, "stop") if least < 8 else (8, "length"))
+
+
+def test_what_a_runner_says_of_a_chunk_that_samples_nothing_is_handed_through() -> None:
+    world = World(budget=4)
+    world.submit("r", [1, 2, 3, 4, 5, 6], 1)
+    step = world.scheduler.plan(1.0)
+    assert step is not None
+    events = world.scheduler.commit(step, Sampled([()], extras={0: "of the chunk"}))
+    assert [(event.state, event.extra) for event in events] == [("prefill", None), (None, "of the chunk")]
+    step = world.scheduler.plan(2.0)
+    assert step is not None
+    (event,) = world.scheduler.commit(step, Sampled([(5,)], extras={0: "of the token"}))
+    assert (event.tokens, event.extra, event.finish_reason) == ((5,), "of the token", "length")
 
 
 def test_waiting_prompt_tokens_are_bounded_but_one_request_always_gets_in() -> None:

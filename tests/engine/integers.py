@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from streamkv.core.kv_cache import KVCache
 from streamkv.core.scheduler import Scheduler, SchedulerConfig
@@ -13,8 +17,9 @@ from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineInfo, EngineRequest
 from streamkv.engine.engine import InProcessEngine
 from streamkv.engine.thread import RunnerThread
-from streamkv.runner.params import RowParams
-from streamkv.sampling_params import Sampling
+from streamkv.runner.params import RowExtra, RowParams
+from streamkv.runner.prompt_reader import PromptReader
+from streamkv.sampling_params import PromptLogprobs, Sampling, TokenLogprobs
 from tests.core.model import VOCAB, SlotMemory
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 64, 4, 8
@@ -29,6 +34,8 @@ class IntegerRunner:
         self.gate = threading.Event()
         self.gate.set()
         self.threads: set[str] = set()
+        self.prompts = PromptReader()
+        self.params: dict[int, RowParams] = {}
         self.steps = 0
         self._failed = False
 
@@ -37,6 +44,9 @@ class IntegerRunner:
         self.threads.add(threading.current_thread().name)
         self.steps += 1
         assert set(params) == {row for row, _ in step.admitted}
+        self.params |= params
+        for row, wanted in params.items():
+            self.prompts.admit(row, wanted)
         if self._failed:
             self.memory.update(step)
             raise RuntimeError("skipped")
@@ -48,7 +58,20 @@ class IntegerRunner:
             self.memory.update(step)
             self._failed = True
             raise
-        return self.memory.run(step, fail=nan)
+        sampled = self.memory.run(step, fail=nan)
+        return replace(sampled, extras=self._extras(step))
+
+    def _extras(self, step: Step) -> dict[int, RowExtra]:
+        """A prompt token's log-probability is minus its position; a vector holds the length of its prompt."""
+        extras: dict[int, RowExtra] = {}
+        arrays = [np.asarray(numbers, np.int64) for numbers in (step.rows, step.starts, step.counts)]
+        for part in self.prompts.ranges(*arrays):
+            entries = tuple(TokenLogprobs(-float(position + 1)) for position in range(part.start, part.end))
+            extras[part.entry] = RowExtra(prompt_logprobs=PromptLogprobs(part.start + 1, entries))
+        for entry, row in enumerate(step.rows):
+            if self.params[row].pooling is not None and step.samples[entry]:
+                extras[entry] = RowExtra(embedding=struct.pack("<f", self.params[row].num_prompt))
+        return extras
 
     def resume(self) -> None:
         self._failed = False
@@ -73,6 +96,8 @@ async def integer_engine(**options: Any) -> AsyncIterator[tuple[InProcessEngine,
         backend="none",
         dtype="int",
         epoch="test",
+        embedding_dim=1,
+        logits_processors=("enabled",),
     )
     engine = InProcessEngine(scheduler, runner, RunnerThread(), info, look_ahead=look_ahead, check=True)
     engine.start()

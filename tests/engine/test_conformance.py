@@ -13,7 +13,7 @@ import pytest
 from streamkv.engine.api import EngineClient, EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch
 from streamkv.engine.fake import FakeEngine, fake_info
 from streamkv.errors import ContextLengthError, DrainingError, InvalidRequestError, OverloadedError
-from streamkv.sampling_params import Sampling
+from streamkv.sampling_params import POOLINGS, Pooling, Sampling
 from tests.core.model import VOCAB
 from tests.engine.driving import DEADLINE_S, Collected, Reader, run_all
 from tests.engine.integers import ask, integer_engine
@@ -26,7 +26,7 @@ Start = Callable[[], AbstractAsyncContextManager[EngineClient]]
 
 @asynccontextmanager
 async def fake() -> AsyncIterator[EngineClient]:
-    engine = FakeEngine(info=fake_info(vocab_size=VOCAB, max_model_len=MAX_MODEL_LEN), max_live=CAPACITY)
+    engine = FakeEngine(info=fake_info(vocab_size=VOCAB, max_model_len=MAX_MODEL_LEN, embedding_dim=1), max_live=CAPACITY)
     engine.start()
     try:
         yield engine
@@ -113,6 +113,57 @@ async def test_stop_wins_over_length_when_both_come_with_the_same_token(engine: 
     request = EngineRequest(("both",), PROMPT, Sampling(max_tokens=1, stop_token_ids=(free.tokens[0],)))
     (one,) = (await run_all(engine, [request])).values()
     assert one.last.finish_reason == "stop"
+
+
+async def test_no_stop_token_ends_a_request_before_its_min_tokens(engine: EngineClient) -> None:
+    request = EngineRequest(("a",), PROMPT, Sampling(max_tokens=20, stop_token_ids=tuple(range(VOCAB)), min_tokens=7))
+    (one,) = (await run_all(engine, [request])).values()
+    assert (len(one.tokens), one.last.finish_reason) == (8, "stop")
+
+
+# -- what is wanted of the prompt --------------------------------------------------------------------------------------
+
+
+async def test_a_request_that_generates_nothing_ends_without_a_token(engine: EngineClient) -> None:
+    collected = await run_all(engine, [ask("none", PROMPT * 12, 0), ask("some", PROMPT, 3)])
+    check_stream(collected["none"])
+    assert (collected["none"].tokens, collected["none"].last.finish_reason) == ([], "length")
+    assert len(collected["some"].tokens) == 3
+
+
+@pytest.mark.parametrize(("length", "max_tokens"), [(1, 2), (2, 0), (5, 3), (100, 0), (100, 4)])
+async def test_every_prompt_token_but_the_first_is_scored_once_before_any_output(
+    engine: EngineClient, length: int, max_tokens: int
+) -> None:
+    prompt = (PROMPT * 20)[:length]
+    wanted = EngineRequest(("a",), prompt, Sampling(max_tokens=max_tokens, prompt_logprobs=0))
+    collected = await run_all(engine, [wanted, ask("beside", PROMPT, 9)])
+    outputs = collected["a"].outputs
+    check_stream(collected["a"])
+    scored = [output for output in outputs if output.prompt_logprobs is not None]
+    positions = [
+        output.prompt_logprobs.start + index  # type: ignore[union-attr]  # filtered above
+        for output in scored
+        for index in range(len(output.prompt_logprobs.entries))  # type: ignore[union-attr]  # as above
+    ]
+    assert positions == list(range(1, length))
+    first_token = next((index for index, output in enumerate(outputs) if output.token_ids), len(outputs) - 1)
+    assert all(outputs.index(output) <= first_token for output in scored)
+
+
+async def test_samples_of_one_prompt_score_it_once(engine: EngineClient) -> None:
+    collected = await run_all(engine, [EngineRequest(("a", "b"), PROMPT, Sampling(max_tokens=2, prompt_logprobs=0))])
+    scored = [name for name, one in collected.items() if any(output.prompt_logprobs is not None for output in one.outputs)]
+    assert scored == ["a"]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+async def test_an_embedding_comes_with_the_last_output(engine: EngineClient, pooling: Pooling) -> None:
+    collected = await run_all(engine, [ask("a", PROMPT * 12, 0, pooling=pooling), ask("beside", PROMPT, 9)])
+    *before, last = collected["a"].outputs
+    assert len(last.embedding or b"") == 4 * engine.describe().embedding_dim
+    assert all(output.embedding is None for output in before)
+    assert collected["a"].tokens == []
 
 
 # -- cancel -----------------------------------------------------------------------------------------------------------
@@ -274,7 +325,17 @@ BAD: dict[str, tuple[EngineRequest, type[Exception]]] = {
     "token id out of range": (ask("x", [0, VOCAB], 1), InvalidRequestError),
     "huge token id": (ask("x", [0, 2**70], 1), InvalidRequestError),
     "negative token id": (ask("x", [0, -1, 1], 1), InvalidRequestError),
-    "no tokens wanted": (ask("x", PROMPT, 0), InvalidRequestError),
+    "fewer than no tokens wanted": (ask("x", PROMPT, -1), InvalidRequestError),
+    "an embedding that generates": (ask("x", PROMPT, 1, pooling="mean"), InvalidRequestError),
+    "an embedding of several samples": (ask("x", PROMPT, 0, n=2, pooling="mean"), InvalidRequestError),
+    "an embedding with scores": (
+        EngineRequest(("x",), PROMPT, Sampling(max_tokens=0, prompt_logprobs=0), pooling="last"),
+        InvalidRequestError,
+    ),
+    "a logits processor that is not enabled": (
+        EngineRequest(("x",), PROMPT, Sampling(max_tokens=1, processors=(("unknown", None),))),
+        InvalidRequestError,
+    ),
     "one token too long": (ask("x", PROMPT, MAX_MODEL_LEN - len(PROMPT) + 1), ContextLengthError),
     "prompt too long": (ask("x", [1] * (MAX_MODEL_LEN + 1), 1), ContextLengthError),
 }

@@ -10,8 +10,10 @@ import pytest
 
 from streamkv.core.request import StopRule
 from streamkv.core.step import Step
+from streamkv.engine.api import EngineRequest
 from streamkv.errors import ContextLengthError, DrainingError, InvalidRequestError, OverloadedError
-from tests.core.model import reference
+from streamkv.sampling_params import Sampling
+from tests.core.model import VOCAB, reference
 from tests.engine.driving import Collected, Reader, run_all
 from tests.engine.integers import NUM_BLOCKS, ask, integer_engine
 
@@ -234,3 +236,20 @@ async def test_a_bug_in_the_engine_ends_every_stream_with_an_error(monkeypatch: 
             await engine.submit(ask("b", [1]))
         monkeypatch.undo()
         assert runner.steps > 1
+
+
+async def test_a_preempted_request_does_not_score_its_prompt_twice() -> None:
+    """Its blocks are gone and its prompt is computed again, but what was reported stays reported."""
+    prompts = {f"r{index}": [index % VOCAB, *([1, 2, 3] * 16)] for index in range(6)}
+    async with integer_engine(max_num_seqs=6, max_num_batched_tokens=8, look_ahead=True) as (engine, _):
+        requests = [
+            EngineRequest((name,), prompt, Sampling(max_tokens=60, prompt_logprobs=0)) for name, prompt in prompts.items()
+        ]
+        collected = await run_all(engine, requests)
+        stats = await engine.stats()
+    assert stats.preemptions > 0, "the pool is too large for this test"
+    for name, prompt in prompts.items():
+        parts = [output.prompt_logprobs for output in collected[name].outputs if output.prompt_logprobs is not None]
+        assert [part.start for part in parts] == [1 + sum(len(p.entries) for p in parts[:index]) for index in range(len(parts))]
+        values = [entry.chosen for part in parts for entry in part.entries]
+        assert values == [-float(position) for position in range(1, len(prompt))]
