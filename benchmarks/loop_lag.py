@@ -13,8 +13,8 @@ import sys
 from time import perf_counter
 
 from benchmarks.report import percentile, print_setting, print_table
+from streamkv.async_engine import Engine
 from streamkv.engine.config import EngineConfig
-from streamkv.llm import Engine
 from streamkv.logs import configure_logs
 from streamkv.sampling_params import SamplingParams
 

@@ -8,18 +8,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from streamkv.llm import LLM, CompletionOutput, Engine, RequestOutput
+    from streamkv.async_engine import Engine
+    from streamkv.llm import LLM
+    from streamkv.outputs import CompletionOutput, EmbeddingOutput, RequestOutput, ScoreOutput
     from streamkv.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "Engine", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "Engine",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoreOutput",
+    "__version__",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "streamkv.llm",
-    "Engine": "streamkv.llm",
-    "RequestOutput": "streamkv.llm",
-    "CompletionOutput": "streamkv.llm",
+    "Engine": "streamkv.async_engine",
+    "RequestOutput": "streamkv.outputs",
+    "CompletionOutput": "streamkv.outputs",
+    "EmbeddingOutput": "streamkv.outputs",
+    "ScoreOutput": "streamkv.outputs",
     "SamplingParams": "streamkv.sampling_params",
 }
 

@@ -61,7 +61,8 @@ class Stream:
     Attributes:
         id: its name on this connection.
         text: all deltas so far, joined.
-        done: the last frame, once it has come: finish reason, usage, timings.
+        done: the last frame, once it has come: finish reason, usage, timings, and the embedding or score asked for.
+        prompt_logprobs: of the prompt tokens from the second on, if asked for: {"chosen", "rank", "top"}.
     """
 
     def __init__(self, client: Client, stream_id: str) -> None:
@@ -70,6 +71,7 @@ class Stream:
         self.num_tokens = 0
         self.cached = 0
         self.done: m.Done | None = None
+        self.prompt_logprobs: list[dict[str, Any]] = []
         self._error: Exception | None = None
         self._client = client
         self._inbox: deque[m.Delta] = deque()
@@ -124,7 +126,7 @@ class Stream:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.cancel()
 
-    def _receive(self, message: m.Delta | m.Done | m.Status | m.Error) -> None:
+    def _receive(self, message: m.Prompt | m.Delta | m.Done | m.Status | m.Error) -> None:
         match message:
             case m.Delta():
                 if message.o != self.num_tokens:
@@ -132,6 +134,8 @@ class Stream:
                 self.text += message.x
                 self.num_tokens += message.n
                 self._inbox.append(message)
+            case m.Prompt():
+                self.prompt_logprobs.extend(message.lp)
             case m.Status():
                 if message.cached is not None:
                     self.cached = message.cached
@@ -168,7 +172,11 @@ class Client:
         self.notices: list[m.Error] = []
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> Stream:
-        """Answer a conversation. `sampling`: max_tokens, temperature, top_p, top_k, seed, stop, ... and `priority`."""
+        """Answer a conversation.
+
+        Args:
+            sampling: fields of OpenAI's body and of docs/protocol.md: max_tokens, temperature, stop, tools, ... and `priority`.
+        """
         return self._create("chat", {"messages": list(messages)}, 1, sampling)[0]
 
     def complete(self, prompt: str | list[int], **sampling: Any) -> Stream:
@@ -178,6 +186,36 @@ class Client:
     def samples(self, n: int, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> list[Stream]:
         """`n` answers to one conversation that share its KV blocks."""
         return self._create("chat", {"messages": list(messages)}, n, sampling)
+
+    async def embed(
+        self, inputs: str | Sequence[str | list[int]], *, pooling: Literal["last", "mean"] = "last"
+    ) -> list[list[float]]:
+        """Texts as vectors, as the model gives them (not scaled); in the order of the inputs.
+
+        Raises:
+            RemoteError: an input cannot be read, or the model gives no embeddings.
+        """
+        ended = await self._compute("embeddings", {"pooling": pooling}, inputs)
+        return [done.embedding or [] for done in ended]
+
+    async def score(self, inputs: str | Sequence[str | list[int]], *, prompt: str | list[int] | None = None) -> list[m.Score]:
+        """How probable the model holds texts after `prompt`, in the order of the inputs.
+
+        Raises:
+            RemoteError: an input cannot be read, or has no token that could be scored.
+        """
+        ended = await self._compute("score", {} if prompt is None else {"prompt": prompt}, inputs)
+        return [done.score for done in ended if done.score is not None]
+
+    async def _compute(self, api: str, body: dict[str, Any], inputs: str | Sequence[str | list[int]]) -> list[m.Done]:
+        """One stream per input; their last frames."""
+        listed = [inputs] if isinstance(inputs, str) else list(inputs)
+        streams: list[Stream] = []
+        for first in range(0, len(listed), MAX_N):
+            part = listed[first : first + MAX_N]
+            streams += self._create(api, body | {"input": part}, len(part), {})
+        await asyncio.gather(*(stream.result() for stream in streams))
+        return [stream.done for stream in streams if stream.done is not None]
 
     def _create(self, api: str, body: dict[str, Any], n: int, sampling: dict[str, Any]) -> list[Stream]:
         if not 1 <= n <= MAX_N:
@@ -249,7 +287,7 @@ class Client:
 
     def _receive(self, message: m.ServerMessage) -> None:
         match message:
-            case m.Delta() | m.Status():
+            case m.Prompt() | m.Delta() | m.Status():
                 if (stream := self._streams.get(message.id)) is not None:
                     stream._receive(message)  # noqa: SLF001  # as above
             case m.Done():

@@ -1,4 +1,4 @@
-"""The Python API: `LLM` for batches, `Engine` for streams. Neither needs the server, aiohttp or uvloop.
+"""The offline Python API: give it prompts, get all outputs. The async one is `streamkv.async_engine`.
 
 llm = LLM()                                                  # the model in the box
 for output in llm.generate(["Hello", "Once upon a time"], SamplingParams(max_tokens=32)):
@@ -8,202 +8,24 @@ for output in llm.generate(["Hello", "Once upon a time"], SamplingParams(max_tok
 from __future__ import annotations
 
 import asyncio
-import itertools
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
-from streamkv.engine.api import FinishReason
-from streamkv.engine.build import build_engine
+from streamkv.async_engine import Engine, PromptInput
 from streamkv.engine.config import EngineConfig
-from streamkv.errors import EngineError, InvalidRequestError, NumericalError
-from streamkv.sampling_params import SamplingParams, TokenLogprobs
-from streamkv.text.events import Delta, Finished, Status, StreamEvent
-from streamkv.text.streams import Prompt, TextStreams
-from streamkv.text.tokenizer import load_tokenizer
+from streamkv.errors import EngineError, InvalidRequestError
+from streamkv.outputs import EmbeddingOutput, RequestOutput, ScoreOutput
+from streamkv.sampling_params import Pooling, SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "Engine", "PromptInput", "RequestOutput"]
+__all__ = ["LLM"]
 
 T = TypeVar("T")
-
-PromptInput = str | list[int] | Mapping[str, Any]
-"""A string, token ids, or {"prompt_token_ids": [...]} or {"prompt": "..."}."""
-
-_ERRORS: Final = {"numerical_error": NumericalError}
-
-
-@dataclass(slots=True)
-class CompletionOutput:
-    """One sample.
-
-    Attributes:
-        index: which of the `n` samples.
-        text: without stop strings and, unless asked for, without special tokens.
-        token_ids: everything that was sampled, the ending token included.
-        logprobs: one per token, if asked for.
-        finish_reason: `stop` or `length`; None while it runs.
-    """
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """What became of one prompt.
-
-    Attributes:
-        prompt: its text, if it was given as text.
-        prompt_token_ids: what the model read.
-        num_cached_tokens: prompt tokens of the first sample that came from the prefix cache.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    num_cached_tokens: int = 0
-
-    @property
-    def finished(self) -> bool:
-        """True once every sample has ended."""
-        return all(output.finish_reason is not None for output in self.outputs)
-
-
-class Engine:
-    """The async API: many requests at once on one event loop.
-
-    async with Engine(EngineConfig(model=path)) as engine:
-        async for output in engine.generate("Hello", SamplingParams(max_tokens=32)):
-            print(output.outputs[0].text)
-    """
-
-    def __init__(self, config: EngineConfig | None = None) -> None:
-        """Nothing is loaded before the block is entered."""
-        self._config = config or EngineConfig()
-        self._stack = AsyncExitStack()
-        self._streams: TextStreams | None = None
-        self._names = itertools.count()
-
-    async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            client = await stack.enter_async_context(build_engine(self._config))
-            tokenizer = load_tokenizer(self._config.model_path, max_tokens=client.describe().max_model_len)
-            self._streams = await stack.enter_async_context(TextStreams(client, tokenizer))
-            self._stack = stack.pop_all()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._streams = None
-        await self._stack.aclose()
-
-    @property
-    def streams(self) -> TextStreams:
-        """The hub underneath: tokenizer, engine facts, raw events.
-
-        Raises:
-            EngineError: outside of the `async with` block.
-        """
-        if self._streams is None:
-            raise EngineError("the engine is not running; use it inside `async with`")
-        return self._streams
-
-    async def generate(
-        self, prompt: PromptInput, params: SamplingParams | None = None, *, priority: int = 0
-    ) -> AsyncIterator[RequestOutput]:
-        """Stream one prompt; every yield is the same object, grown. Leaving the loop early cancels the request.
-
-        Raises:
-            InvalidRequestError: the prompt or the parameters cannot be served.
-            EngineError: the engine failed on this request.
-        """
-        async for output in self._follow(*_split(prompt), params or SamplingParams(), False, priority):
-            yield output
-
-    async def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, *, priority: int = 0
-    ) -> AsyncIterator[RequestOutput]:
-        """As `generate`, for a conversation in the model's chat template."""
-        async for output in self._follow(None, messages, params or SamplingParams(), True, priority):
-            yield output
-
-    async def _follow(
-        self, text: str | None, prompt: Prompt, params: SamplingParams, is_chat: bool, priority: int
-    ) -> AsyncIterator[RequestOutput]:
-        streams = self.streams
-        prepared = await streams.prepare(prompt, params, is_chat=is_chat)
-        name = f"g{next(self._names)}"
-        ids = [f"{name}.{index}" for index in range(params.n)]
-        result = RequestOutput(name, text, prepared.token_ids, [CompletionOutput(index) for index in range(params.n)])
-        # A reader that is slow gets everything at once: events merge into `result`, nothing piles up.
-        inbox: list[StreamEvent] = []
-        arrived = asyncio.Event()
-
-        def sink(events: list[StreamEvent]) -> None:
-            inbox.extend(events)
-            arrived.set()
-
-        await streams.open(ids, prepared, sink=sink, priority=priority)
-        try:
-            while not result.finished:
-                await arrived.wait()
-                arrived.clear()
-                events, inbox[:] = inbox[:], []
-                changed = [_merge(result, event) for event in events]  # a list: `any` alone would stop at the first
-                if any(changed):
-                    yield result
-        finally:
-            for request_id, output in zip(ids, result.outputs, strict=True):
-                if output.finish_reason is None:
-                    await streams.cancel(request_id)
-
-
-def _split(prompt: PromptInput) -> tuple[str | None, Prompt]:
-    """(text if there is one, what to prepare)."""
-    if isinstance(prompt, str):
-        return prompt, prompt
-    if isinstance(prompt, Mapping):
-        ids = prompt.get("prompt_token_ids")
-        if isinstance(ids, (list, tuple)):
-            return prompt.get("prompt"), list(ids)
-        if ids is not None:
-            raise InvalidRequestError("prompt_token_ids must be a list of integers", param="prompt")
-        if isinstance(prompt.get("prompt"), str):
-            return prompt["prompt"], prompt["prompt"]
-        raise InvalidRequestError("a prompt object needs prompt_token_ids or prompt", param="prompt")
-    if isinstance(prompt, list):
-        return None, prompt
-    raise InvalidRequestError("a prompt is a string, a list of token ids, or an object with prompt_token_ids", param="prompt")
-
-
-def _merge(result: RequestOutput, event: StreamEvent) -> bool:
-    """Take an event over into the result; True if a reader would want to know."""
-    index = int(event.id.rpartition(".")[2])
-    output = result.outputs[index]
-    if isinstance(event, Status):
-        if index == 0 and event.cached is not None:
-            result.num_cached_tokens = event.cached
-        return False
-    if isinstance(event, Delta):
-        output.text += event.text
-        output.token_ids.extend(event.token_ids)
-        if event.logprobs is not None:
-            output.logprobs = [*(output.logprobs or []), *event.logprobs]
-        return True
-    assert isinstance(event, Finished)
-    output.finish_reason = event.finish_reason
-    if event.error is not None:
-        code, message = event.error
-        raise _ERRORS.get(code, EngineError)(message)
-    return True
 
 
 class LLM:
@@ -276,34 +98,81 @@ class LLM:
         """
         listed = _as_list(prompts)
         each = _per_prompt(params, len(listed))
-        return self._call(self._generate_all(listed, each, use_tqdm))
+        work = [partial(self._generate, prompt, own) for prompt, own in zip(listed, each, strict=True)]
+        return self._call(self._batch(work, "generating", use_tqdm))
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> RequestOutput:
-        """Answer one conversation."""
-        return self._call(_last(self._engine.chat(messages, params)))
+        """Answer one conversation; `tools` in OpenAI's form are what the model may call."""
+        return self._call(_last(self._engine.chat(messages, params, tools=tools)))
 
-    async def _generate_all(
-        self, prompts: list[PromptInput], params: list[SamplingParams], use_tqdm: bool
-    ) -> list[RequestOutput]:
+    def embed(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingOutput]:
+        """Turn texts into vectors, batched; outputs in the order of the prompts.
+
+        Args:
+            pooling: `last` = the last token's last hidden state, `mean` = the mean over all tokens.
+            normalize: scale each vector to length 1.
+
+        Raises:
+            InvalidRequestError: a prompt cannot be read, or this model gives no embeddings.
+        """
+        work = [partial(self._engine.embed, prompt, pooling=pooling, normalize=normalize) for prompt in _as_list(prompts)]
+        return self._call(self._batch(work, "embedding", use_tqdm))
+
+    def score(
+        self,
+        texts: PromptInput | Sequence[PromptInput],
+        *,
+        context: PromptInput | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoreOutput]:
+        """How probable the model holds texts, batched; outputs in the order of the texts, each with its rank among them.
+
+        Args:
+            context: what comes before each of the texts; then they are choices, and only their own tokens count.
+
+        Raises:
+            InvalidRequestError: a text cannot be read, or has no token that could be scored.
+        """
+        work = [partial(self._engine.score, text, context=context) for text in _as_list(texts)]
+        scores = self._call(self._batch(work, "scoring", use_tqdm))
+        order = sorted(range(len(scores)), key=lambda index: -scores[index].logprob)
+        ranks = {index: rank for rank, index in enumerate(order, 1)}
+        return [replace(score, rank=ranks[index]) for index, score in enumerate(scores)]
+
+    async def _generate(self, prompt: PromptInput, params: SamplingParams) -> RequestOutput:
+        return await _last(self._engine.generate(prompt, params))
+
+    async def _batch(self, work: Sequence[Callable[[], Awaitable[T]]], what: str, use_tqdm: bool) -> list[T]:
+        """All results, in order; the first error ends the batch and cancels the rest."""
         limit = asyncio.Semaphore(max(1, self._engine.streams.info.max_num_seqs * 4))
-        with tqdm(total=len(prompts), desc="generating", unit="prompt", disable=None if use_tqdm else True) as bar:
+        with tqdm(total=len(work), desc=what, unit="prompt", disable=None if use_tqdm else True) as bar:
             tokens = 0
 
-            async def one(prompt: PromptInput, own: SamplingParams) -> RequestOutput:
+            async def one(each: Callable[[], Awaitable[T]]) -> T:
                 nonlocal tokens
                 async with limit:  # the queue is bounded, a batch is not
-                    output = await _last(self._engine.generate(prompt, own))
-                tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                    output = await each()
+                if isinstance(output, RequestOutput):
+                    tokens += sum(len(sample.token_ids) for sample in output.outputs)
+                    bar.set_postfix_str(f"{tokens} tokens", refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"{tokens} tokens", refresh=False)
                 return output
 
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(prompt, own)) for prompt, own in zip(prompts, params, strict=True)]
+                tasks = [group.create_task(one(each)) for each in work]
             return [task.result() for task in tasks]
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 in    {"prompt": "Once upon a time", "max_tokens": 64}
       {"id": "q7", "messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
-      {"id": "ids", "prompt": [5, 17, 9]}
+      {"id": "ids", "prompt": [5, 17, 9], "logprobs": 2, "prompt_logprobs": 0}
 out   {"id": "q7", "text": "Hi!", "num_tokens": 3, "finish_reason": "stop", "usage": {"prompt": 9, "completion": 3, "cached": 0}}
 
 Results are written as they finish. Run again with the same OUT, it goes on: what has its line is not generated again.
@@ -25,13 +25,14 @@ from tqdm import tqdm
 from streamkv.cli.engine_options import add_engine_arguments, engine_config
 from streamkv.errors import ConfigError, InvalidRequestError, StreamKVError
 from streamkv.logs import configure_logs
-from streamkv.sampling_params import SamplingParams
+from streamkv.outputs import CompletionOutput
+from streamkv.sampling_params import SamplingParams, TokenLogprobs
 
 __all__ = ["add_arguments", "run"]
 
 _MAX_REPORTED: Final = 20
-_SAMPLING: Final = tuple(field.name for field in fields(SamplingParams) if field.name != "logprobs")
-_FIELDS: Final = ("id", "prompt", "messages", *_SAMPLING)
+_SAMPLING: Final = tuple(field.name for field in fields(SamplingParams))
+_FIELDS: Final = ("id", "prompt", "messages", "tools", *_SAMPLING)
 _START: Final = b'{"id": '
 """How every result begins."""
 
@@ -46,7 +47,8 @@ class _Line:
     number: int
     id: Key
     prompt: str | list[int] | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]] | None
     params: SamplingParams
 
 
@@ -146,6 +148,7 @@ def _parsed(raw: bytes, number: int, defaults: Mapping[str, Any]) -> _Line:
     given = {name: value for name, value in entry.items() if value is not None}
     if ("prompt" in given) == ("messages" in given):
         raise InvalidRequestError("give prompt or messages, one of them", param="prompt")
+    given["logit_bias"] = _bias(given.get("logit_bias", {}))
     params = SamplingParams(**{**defaults, **{name: given[name] for name in _SAMPLING if name in given}})
     key = given.get("id", f"line-{number}")
     if type(key) not in (str, int) or not str(key).isprintable():
@@ -155,7 +158,17 @@ def _parsed(raw: bytes, number: int, defaults: Mapping[str, Any]) -> _Line:
         _check_prompt(prompt)
     else:
         _check_messages(messages)
-    return _Line(number, key, prompt, messages, params)
+    tools = given.get("tools")
+    if tools is not None and messages is None:
+        raise InvalidRequestError("tools go with messages", param="tools")
+    return _Line(number, key, prompt, messages, tools, params)
+
+
+def _bias(given: object) -> object:
+    """JSON has only text for keys; what is no number stays for the check of the parameters."""
+    if not isinstance(given, dict):
+        return given
+    return {int(name) if name.isascii() and name.isdigit() else name: value for name, value in given.items()}
 
 
 def _check_new(line: _Line, numbers: Mapping[Key, int]) -> None:
@@ -173,8 +186,8 @@ def _check_messages(messages: object) -> None:
     if not isinstance(messages, list) or not messages:
         raise InvalidRequestError("messages must be a list with at least one message", param="messages")
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise InvalidRequestError(f"messages[{index}] must have role and content, both text", param="messages")
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InvalidRequestError(f"messages[{index}] must be an object with role and content", param="messages")
 
 
 def _finished(output: Path) -> set[Key]:
@@ -216,14 +229,14 @@ def _writable(output: Path, mode: str, **options: Any) -> IO[Any]:
 
 async def _generate(config: Any, todo: Sequence[_Line], total: int, failures: _Failures, output: IO[str]) -> None:
     """Check every line against the model, then generate all, a bounded number at a time."""
-    from streamkv.llm import Engine
+    from streamkv.async_engine import Engine
 
     async with Engine(config) as engine:
         for line in todo:
             try:
                 prompt = line.messages if line.messages is not None else line.prompt
                 assert prompt is not None
-                await engine.streams.prepare(prompt, line.params, is_chat=line.messages is not None)
+                await engine.streams.prepare(prompt, line.params, is_chat=line.messages is not None, tools=line.tools)
             except InvalidRequestError as error:
                 failures.add(line.number, error.message)
         if failures.count:
@@ -256,17 +269,27 @@ async def _generate(config: Any, todo: Sequence[_Line], total: int, failures: _F
 
 async def _result(engine: Any, line: _Line) -> dict[str, Any]:
     """Generate one line; the object that is written."""
-    outputs = engine.chat(line.messages, line.params) if line.messages is not None else engine.generate(line.prompt, line.params)
+    if line.messages is not None:
+        outputs = engine.chat(line.messages, line.params, tools=line.tools)
+    else:
+        outputs = engine.generate(line.prompt, line.params)
     async for output in outputs:
         final = output
-    samples = [
-        {"text": sample.text, "num_tokens": len(sample.token_ids), "finish_reason": sample.finish_reason}
-        for sample in final.outputs
-    ]
+    samples = [_sample(sample) for sample in final.outputs]
     usage = {
         "prompt": len(final.prompt_token_ids),
         "completion": sum(len(sample.token_ids) for sample in final.outputs),
         "cached": final.num_cached_tokens,
     }
     own = samples[0] if line.params.n == 1 else {"samples": samples}
-    return {"id": line.id, **own, "usage": usage}
+    scored = {} if final.prompt_logprobs is None else {"prompt_logprobs": _logprobs(final.prompt_logprobs)}
+    return {"id": line.id, **own, **scored, "usage": usage}
+
+
+def _sample(sample: CompletionOutput) -> dict[str, Any]:
+    plain = {"text": sample.text, "num_tokens": len(sample.token_ids), "finish_reason": sample.finish_reason}
+    return plain if sample.logprobs is None else plain | {"logprobs": _logprobs(sample.logprobs)}
+
+
+def _logprobs(entries: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    return [entry and {"chosen": entry.chosen, "rank": entry.rank, "top": entry.top} for entry in entries]

@@ -30,7 +30,9 @@ __all__ = [
     "Limits",
     "Ping",
     "Pong",
+    "Prompt",
     "Resume",
+    "Score",
     "ServerMessage",
     "Status",
     "Timings",
@@ -162,8 +164,16 @@ class Status(_Message, tag="status", frozen=True):
     cached: int | None = None
 
 
+class Prompt(_Message, tag="prompt", frozen=True):
+    """Log-probabilities of the prompt tokens `o` .. `o + len(lp) - 1`; the first prompt token has none."""
+
+    id: StreamId
+    o: int
+    lp: list[dict[str, Any]]
+
+
 class Delta(_Message, tag="delta", frozen=True):
-    """Text of tokens `o` .. `o + n - 1`."""
+    """Text of tokens `o` .. `o + n - 1`. An echoed prompt is the text of a first delta with `n` 0."""
 
     id: StreamId
     o: int
@@ -190,14 +200,24 @@ class Timings(msgspec.Struct, frozen=True):
     decode: float
 
 
+class Score(msgspec.Struct, frozen=True):
+    """Sum of the natural log-probabilities of so many tokens; `perplexity` is exp(-logprob / tokens), null if infinite."""
+
+    logprob: float
+    tokens: int
+    perplexity: float | None
+
+
 class Done(_Message, tag="done", frozen=True):
-    """Last frame of a stream that did not fail."""
+    """Last frame of a stream that did not fail. `embedding` and `score` are the answers of those APIs."""
 
     id: StreamId
     o: int
     finish_reason: Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error"]
     usage: Usage
     timings: Timings
+    embedding: list[float] | None = None
+    score: Score | None = None
 
 
 class Error(_Message, tag="error", frozen=True):
@@ -225,7 +245,7 @@ class Drain(_Message, tag="drain", frozen=True):
     reason: str
 
 
-ServerMessage = Welcome | Accepted | Status | Delta | Done | Error | Pong | Drain
+ServerMessage = Welcome | Accepted | Status | Prompt | Delta | Done | Error | Pong | Drain
 
 
 class Codec(msgspec.Struct, frozen=True):

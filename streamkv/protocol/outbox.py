@@ -14,12 +14,14 @@ from typing import Any, Final, Literal
 import msgspec
 
 from streamkv.protocol import messages as m
-from streamkv.sampling_params import TokenLogprobs
+from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
 from streamkv.text import events as text
 
 __all__ = ["STREAM_MOVES", "OutStream", "Outbox", "SessionLimits", "StreamState"]
 
 _LOGPROB_BYTES: Final = 24  # of one (token id, value), as JSON
+_PROMPT_ENTRIES: Final = 64
+"""Prompt tokens in one frame, so that one stream's scores do not hold up the others' text."""
 
 
 class StreamState(Enum):
@@ -86,6 +88,7 @@ class OutStream:
         "offset",
         "opened",
         "pieces",
+        "prompt",
         "said_at",
         "sent",
         "size",
@@ -105,6 +108,7 @@ class OutStream:
         self.size = 0  # bytes of text waiting
         self.weight = 0  # bytes of everything waiting
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt: deque[m.Prompt] = deque()  # log-probabilities of the prompt, sent before any text
         self.first_at = 0.0  # when the oldest waiting piece came
         self.said_at = now  # when the writer last took something
         self.sent = False  # the first token has gone out
@@ -119,7 +123,7 @@ class OutStream:
 
     def due(self, limits: SessionLimits, busy: bool) -> float:
         """When what waits should be sent; -inf = now."""
-        if self.status is not None or self.end is not None or not self.sent:
+        if self.status is not None or self.end is not None or self.prompt or not self.sent:
             return float("-inf")
         if self.count >= limits.flush_tokens or self.size >= limits.flush_bytes:
             return float("-inf")
@@ -133,7 +137,7 @@ class OutStream:
     @property
     def has_output(self) -> bool:
         """True if anything waits."""
-        return self.has_text or self.status is not None or self.end is not None
+        return self.has_text or bool(self.prompt) or self.status is not None or self.end is not None
 
     def take(self) -> m.Delta:
         """All text that waits, as one delta."""
@@ -175,7 +179,8 @@ class Outbox:
         if not stream.has_text:
             stream.first_at = now
         size = len(event.text.encode())
-        weight = size
+        # An echoed prompt is what the client has sent itself, in one frame: that it waits does not make the client slow.
+        weight = size if event.count or stream.offset or stream.count else 0
         if event.logprobs is not None:
             stream.logprobs.extend(event.logprobs)
             weight += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in event.logprobs)
@@ -184,6 +189,13 @@ class Outbox:
         stream.size += size
         stream.weight += weight
         self.bytes += weight
+        self._changed(stream)
+
+    def prompt(self, stream: OutStream, logprobs: PromptLogprobs) -> None:
+        """Say what is known of the prompt, in frames of bounded size. Not weighed: bounded when the request was taken."""
+        for index in range(0, len(logprobs.entries), _PROMPT_ENTRIES):
+            part = [_plain_logprobs(entry) for entry in logprobs.entries[index : index + _PROMPT_ENTRIES]]
+            stream.prompt.append(m.Prompt(stream.id, logprobs.start + index, part))
         self._changed(stream)
 
     def status(self, stream: OutStream, status: m.Status) -> None:
@@ -237,10 +249,12 @@ class Outbox:
 
     def _take(self, stream: OutStream, now: float) -> m.ServerMessage:
         self._spoke(stream, now)
-        message: m.Status | m.Delta
+        message: m.Status | m.Prompt | m.Delta
         if stream.status is not None:
             message, stream.status = stream.status, None
             stream.told = message.state
+        elif stream.prompt:
+            message = stream.prompt.popleft()
         elif stream.has_text:
             self.bytes -= stream.weight
             message = stream.take()
@@ -265,4 +279,4 @@ class Outbox:
 
 
 def _plain_logprobs(entry: TokenLogprobs) -> dict[str, Any]:
-    return {"chosen": entry.chosen, "top": [[token, value] for token, value in entry.top]}
+    return {"chosen": entry.chosen, "rank": entry.rank, "top": [[token, value] for token, value in entry.top]}

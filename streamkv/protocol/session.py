@@ -21,7 +21,7 @@ import msgspec
 
 from streamkv.errors import InvalidRequestError, StreamKVError
 from streamkv.protocol import messages as m
-from streamkv.protocol.bodies import ParsedBody, parse_body, validation_error
+from streamkv.protocol.bodies import Parsed, parse_body, validation_error
 from streamkv.protocol.outbox import Outbox, OutStream, SessionLimits, StreamState
 from streamkv.sampling_params import MAX_N
 from streamkv.text import events as text
@@ -52,10 +52,10 @@ CONNECTION_MOVES: Final[dict[ConnectionState, frozenset[ConnectionState]]] = {
 
 @dataclass(frozen=True, slots=True)
 class OpenStreams:
-    """Prepare and submit one prompt; answer with `Session.opened` or `Session.refused`."""
+    """Prepare and submit: one prompt, or one input per id; answer for each id with `Session.opened` or `Session.refused`."""
 
     ids: tuple[str, ...]
-    body: ParsedBody
+    body: Parsed
     priority: int
 
 
@@ -275,8 +275,8 @@ class Session:
     def refused(self, ids: tuple[str, ...], error: StreamKVError) -> list[Action]:
         """The engine cannot take these. Returns what may start in their place."""
         param = error.param
-        if param in ("prompt", "messages", "stop_token_ids", "max_tokens"):
-            param = f"body.{param}"
+        if param is not None:
+            param = f"body.{param}"  # `create` itself has been checked; the engine can only mind what is in the body
         for stream_id in ids:
             stream = self._streams.get(stream_id)
             if stream is not None:
@@ -292,6 +292,8 @@ class Session:
                 continue
             if isinstance(event, text.Delta):
                 self._outbox.text(stream, event, now)
+            elif isinstance(event, text.PromptRead):
+                self._outbox.prompt(stream, event.logprobs)
             elif isinstance(event, text.Status):
                 if stream.state is not StreamState.CANCELLING:
                     stream.move(StreamState(event.state))
@@ -397,11 +399,14 @@ def _ending(event: text.Finished) -> m.Done | m.Error:
     if event.error is not None:
         code, message = event.error
         return m.Error(code, message, event.id, retryable=code == "engine_lost")
-    timings = event.timings
+    timings, score = event.timings, event.score
+    perplexity = score.perplexity if score is not None else 0.0
     return m.Done(
         event.id,
         event.completion_tokens,
         event.finish_reason,
         m.Usage(event.prompt_tokens, event.completion_tokens, event.cached_tokens),
         m.Timings(*(round(part, 6) for part in (timings.queue, timings.prefill, timings.ttft, timings.decode))),
+        embedding=None if event.embedding is None else event.vector(),
+        score=None if score is None else m.Score(score.logprob, score.tokens, perplexity if math.isfinite(perplexity) else None),
     )

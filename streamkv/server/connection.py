@@ -6,22 +6,26 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
+import msgspec
 import structlog
 from aiohttp import WSMsgType, web
 
-from streamkv.errors import StreamKVError
+from streamkv.errors import InvalidRequestError, StreamKVError
+from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
 from streamkv.protocol.messages import Codec
 from streamkv.protocol.session import Action, CancelStream, Close, ConnectionState, OpenStreams, Session
 from streamkv.server.config import ServerConfig
-from streamkv.text.events import Delta, Finished, Status, StreamEvent
-from streamkv.text.streams import TextStreams
+from streamkv.text.events import Finished, StreamEvent
+from streamkv.text.streams import PreparedPrompt, TextStreams
 
 __all__ = ["Connection"]
 
 _CLOSE_TIMEOUT_S: Final = 3.0
+_MAX_REPORTED: Final = 32_768
+"""Most log-probabilities of prompt tokens that one request can ask for: under a megabyte of frames that may wait."""
 
 log = structlog.get_logger(__name__)
 
@@ -119,30 +123,45 @@ class Connection:
                     self.close(action.code, action.reason)
 
     async def _open(self, wish: OpenStreams) -> None:
+        """One prompt for all ids, or one input for each."""
+        body, streams = wish.body, self._streams
+        if isinstance(body, ParsedBody):
+            preparing = streams.prepare(body.prompt, body.params, is_chat=body.is_chat, tools=body.tools)
+            await self._open_one(wish.ids, preparing, wish.priority)
+            return
+        for stream_id, given in zip(wish.ids, body.inputs, strict=True):
+            if isinstance(body, ParsedEmbedding):
+                preparing = streams.prepare_embedding(given, body.pooling)
+            else:
+                preparing = streams.prepare_score(given, body.prompt, logprobs=body.logprobs)
+            await self._open_one((stream_id,), preparing, wish.priority)
+
+    async def _open_one(self, ids: tuple[str, ...], preparing: Awaitable[PreparedPrompt], priority: int) -> None:
         """Tokenise, check, submit; the answer goes through the session."""
         rid = f"{self.name}-{next(self._names)}"
-        engine_ids = {stream_id: f"{rid}.{index}" for index, stream_id in enumerate(wish.ids)}
+        engine_ids = {stream_id: f"{rid}.{index}" for index, stream_id in enumerate(ids)}
         try:
-            prepared = await self._streams.prepare(wish.body.prompt, wish.body.params, is_chat=wish.body.is_chat)
+            prepared = await preparing
+            _check_report(prepared)
             if self.session.closed:
                 return
             self._stream_ids |= {engine_id: stream_id for stream_id, engine_id in engine_ids.items()}
             self._engine_ids |= engine_ids
-            await self._streams.open(list(engine_ids.values()), prepared, sink=self._sink, priority=wish.priority)
+            await self._streams.open(list(engine_ids.values()), prepared, sink=self._sink, priority=priority)
         except StreamKVError as error:
             self._forget(engine_ids)
             self._log.info("stream_refused", rid=rid, code=error.code, param=error.param)
-            self._perform(self.session.refused(wish.ids, error))
+            self._perform(self.session.refused(ids, error))
         except Exception:
             self._forget(engine_ids)
             self._log.exception("stream_failed", rid=rid)
-            self._perform(self.session.refused(wish.ids, StreamKVError("the server failed on this request; its log says why")))
+            self._perform(self.session.refused(ids, StreamKVError("the server failed on this request; its log says why")))
         else:
-            self._log.info("stream_opened", rid=rid, streams=len(wish.ids), prompt_tokens=len(prepared.token_ids))
+            self._log.info("stream_opened", rid=rid, streams=len(ids), prompt_tokens=len(prepared.token_ids))
             if self.session.closed:
                 self._cancel_all()
             else:
-                self._perform(self.session.opened(wish.ids, rid, len(prepared.token_ids)))
+                self._perform(self.session.opened(ids, rid, len(prepared.token_ids)))
         self._wake.set()
 
     def _forget(self, engine_ids: dict[str, str]) -> None:
@@ -182,7 +201,7 @@ class Connection:
                     cached=event.cached_tokens,
                     ttft=round(event.timings.ttft, 4),
                 )
-            renamed.append(_renamed(event, stream_id))
+            renamed.append(msgspec.structs.replace(event, id=stream_id))  # under the client's own name
         if renamed and not self.session.closed and not self._aborted:
             self._perform(self.session.events(renamed, time.monotonic()))
             if self.session.too_slow:
@@ -245,18 +264,16 @@ class Connection:
             self.close(4408, "hello_timeout: send hello first")
 
 
-def _renamed(event: StreamEvent, stream_id: str) -> StreamEvent:
-    """The same event under the client's own id."""
-    if isinstance(event, Delta):
-        return Delta(stream_id, event.offset, event.count, event.text, event.token_ids, event.logprobs)
-    if isinstance(event, Status):
-        return Status(stream_id, event.state, event.cached)
-    return Finished(
-        stream_id,
-        event.finish_reason,
-        event.prompt_tokens,
-        event.completion_tokens,
-        event.cached_tokens,
-        event.timings,
-        event.error,
-    )
+def _check_report(prepared: PreparedPrompt) -> None:
+    """What is said of a prompt must not fill the memory when the client is slow to read it.
+
+    Raises:
+        InvalidRequestError: too many log-probabilities of prompt tokens.
+    """
+    top = prepared.sampling.prompt_logprobs
+    if top is not None and prepared.reports_prompt and len(prepared.token_ids) * (1 + top) > _MAX_REPORTED:
+        raise InvalidRequestError(
+            f"{len(prepared.token_ids)} prompt tokens with {top} alternatives each are more than {_MAX_REPORTED} "
+            "log-probabilities; ask for fewer",
+            param="prompt_logprobs",
+        )

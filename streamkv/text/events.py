@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+import struct
+from typing import Final, Literal
 
 import msgspec
 
-from streamkv.sampling_params import TokenLogprobs
+from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
 
-__all__ = ["Delta", "Finished", "Status", "StreamEvent", "Timings"]
+__all__ = ["Delta", "Finished", "PromptRead", "Score", "Status", "StreamEvent", "Timings"]
+
+
+_LARGEST_EXPONENT: Final = 700.0
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
@@ -19,8 +24,18 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     cached: int | None = None
 
 
+class PromptRead(msgspec.Struct, frozen=True):
+    """Log-probabilities of further prompt tokens, in order, before any delta of an output token."""
+
+    id: str
+    logprobs: PromptLogprobs
+
+
 class Delta(msgspec.Struct, frozen=True):
-    """Text that tokens offset .. offset + count - 1 made certain. Tokens whose text is held back come with a later delta."""
+    """Text that tokens offset .. offset + count - 1 made certain. Tokens whose text is held back come with a later delta.
+
+    An echoed prompt is the text of a first delta without tokens.
+    """
 
     id: str
     offset: int
@@ -39,8 +54,28 @@ class Timings(msgspec.Struct, frozen=True, gc=False):
     decode: float
 
 
+class Score(msgspec.Struct, frozen=True, gc=False):
+    """How probable a text is: the sum of its tokens' natural log-probabilities.
+
+    `tokens` is the number of tokens that were scored: all of the continuation, or all but the first where nothing precedes it.
+    """
+
+    logprob: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-logprob / tokens); 1 for no tokens."""
+        # A token that the model holds impossible makes a text of infinite perplexity, not an error.
+        mean = -self.logprob / self.tokens if self.tokens else 0.0
+        return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
+
+
 class Finished(msgspec.Struct, frozen=True):
-    """The last event of a request; there is exactly one."""
+    """The last event of a request; there is exactly one.
+
+    `embedding`: the pooled vector, float32 little-endian. `score`: of a request that asked for one.
+    """
 
     id: str
     finish_reason: Literal["stop", "length", "cancelled", "error"]
@@ -49,6 +84,13 @@ class Finished(msgspec.Struct, frozen=True):
     cached_tokens: int
     timings: Timings
     error: tuple[str, str] | None = None
+    embedding: bytes | None = None
+    score: Score | None = None
+
+    def vector(self) -> list[float]:
+        """The embedding as numbers; empty without one."""
+        data = self.embedding or b""
+        return list(struct.unpack(f"<{len(data) // 4}f", data))
 
 
-StreamEvent = Status | Delta | Finished
+StreamEvent = Status | PromptRead | Delta | Finished

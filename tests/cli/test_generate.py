@@ -49,6 +49,8 @@ def test_every_kind_of_line_gets_its_result(tmp_path: Path, model: Path) -> None
         {"id": 7, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "seed": 1},
         {"id": "three", "prompt": "ab", "n": 3, "max_tokens": 2, "seed": 2, "stop": None},
         {"id": "default", "prompt": "cd"},
+        {"id": "scored", "prompt": ids, "max_tokens": 2, "temperature": 0, "logprobs": 2, "prompt_logprobs": 1},
+        {"id": "biased", "prompt": ids, "max_tokens": 2, "temperature": 0, "logit_bias": {"7": 100}},
     )
     assert run(file, tmp_path / "out.jsonl", model, "--max-tokens", "5", "--temperature", "0") == 0
     results = read(tmp_path / "out.jsonl")
@@ -56,6 +58,11 @@ def test_every_kind_of_line_gets_its_result(tmp_path: Path, model: Path) -> None
     assert results["ids"]["text"] == load_tokenizer(model).decode(reference(model, ids, 6))
     assert results["ids"]["usage"] == {"prompt": 4, "completion": 6, "cached": 0}
     assert results["line-3"]["usage"]["prompt"] == len("Once")
+    scored = results["scored"]
+    assert [len(entry["top"]) for entry in scored["logprobs"]] == [2, 2]
+    assert scored["prompt_logprobs"][0] is None
+    assert [len(entry["top"]) for entry in scored["prompt_logprobs"][1:]] == [1, 1, 1]
+    assert results["biased"]["text"] == load_tokenizer(model).decode([7, 7])
     assert results[7]["usage"]["prompt"] == len("user: Hi\n")
     assert [sample["num_tokens"] for sample in results["three"]["samples"]] == [2, 2, 2]
     assert results["default"]["num_tokens"] == 5
@@ -76,13 +83,15 @@ def test_results_on_stdout_are_all_that_is_there(tmp_path: Path, model: Path) ->
         ('{"prompt": "' + chr(0xDC80) + '"}', "this is not JSON in UTF-8"),
         ("[1]", "write a JSON object"),
         ({"prompt": "a", "max_token": 3}, "unknown field 'max_token'"),
-        ({"prompt": "a", "logprobs": 3}, "unknown field 'logprobs'"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs must be an integer from 0 to 20"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias must be an integer"),
+        ({"prompt": "a", "tools": []}, "tools go with messages"),
         ({"id": "x"}, "give prompt or messages"),
         ({"prompt": "a", "messages": []}, "give prompt or messages"),
         ({"prompt": 3}, "prompt must be text or a list of token ids"),
         ({"prompt": [1, True]}, "prompt must be text or a list of token ids"),
         ({"messages": []}, "messages must be a list"),
-        ({"messages": [{"role": "user"}]}, "messages[0] must have role and content"),
+        ({"messages": [{"content": "a"}]}, "messages[0] must be an object with role and content"),
         ({"prompt": "a", "top_p": 2}, "top_p must be a number from 0 to 1"),
         ('{"prompt": "a", "temperature": NaN}', "temperature must be a number"),
         ({"prompt": "a", "id": 1.5}, "id must be"),

@@ -31,13 +31,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.runner": ANYWHERE | VALUES | CORE | SEAM,
     "streamkv.engine": ANYWHERE | VALUES | CORE | SEAM | {"streamkv.runner", "streamkv.backend_registry", "streamkv.demo"},
     "streamkv.text": ANYWHERE | VALUES | API,
-    "streamkv.llm": ANYWHERE | VALUES | API | {"streamkv.engine", "streamkv.text"},
+    "streamkv.outputs": VALUES,
+    "streamkv.async_engine": ANYWHERE | VALUES | API | {"streamkv.engine", "streamkv.text", "streamkv.outputs"},
+    "streamkv.llm": ANYWHERE | VALUES | API | {"streamkv.engine", "streamkv.async_engine", "streamkv.outputs"},
     "streamkv.protocol": ANYWHERE | VALUES | {"streamkv.text.events", "streamkv.text.tokenizer"},
     "streamkv.server": ANYWHERE | VALUES | {"streamkv.protocol", "streamkv.text", "streamkv"},
     "streamkv.client": ANYWHERE | VALUES | {"streamkv.protocol"},
     "streamkv.cli": {"streamkv"},
     "streamkv.__main__": {"streamkv.cli"},
-    "streamkv": {"streamkv.llm", "streamkv.sampling_params"},  # the top level's lazy names
+    # the top level's lazy names
+    "streamkv": {"streamkv.llm", "streamkv.async_engine", "streamkv.outputs", "streamkv.sampling_params"},
     "streamkv_backends": SEAM | {"streamkv.errors"},
     "streamkv_kernels": set(),
 }
@@ -47,6 +50,7 @@ FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
     "streamkv.protocol": {"aiohttp", "asyncio", "torch", "uvloop", "time"},  # sans-IO
     "streamkv.text": {"torch", "aiohttp", "uvloop", "transformers"},
     "streamkv.llm": {"aiohttp", "uvloop"},
+    "streamkv.async_engine": {"aiohttp", "uvloop"},
     "streamkv.engine.api": {"torch", "asyncio"},
     "streamkv.server": {"torch", "transformers"},
     "streamkv.client": {"torch", "transformers"},

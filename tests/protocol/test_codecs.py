@@ -35,6 +35,7 @@ SERVER = st.one_of(
     ),
     st.builds(m.Accepted, id=TEXT, rid=TEXT, prompt_tokens=st.none() | COUNT),
     st.builds(m.Status, id=TEXT, state=st.sampled_from(["queued", "prefill", "decode", "preempted"]), cached=st.none() | COUNT),
+    st.builds(m.Prompt, id=TEXT, o=COUNT, lp=LOGPROBS.map(lambda lp: lp or [])),
     st.builds(
         m.Delta, id=TEXT, o=COUNT, n=COUNT, x=TEXT, k=st.sampled_from(["text", "reasoning", "tool", "refusal"]), lp=LOGPROBS
     ),
@@ -45,6 +46,8 @@ SERVER = st.one_of(
         finish_reason=st.sampled_from(["stop", "length", "tool_calls", "content_filter", "cancelled", "error"]),
         usage=st.builds(m.Usage, prompt=COUNT, completion=COUNT, cached=COUNT),
         timings=st.builds(m.Timings, queue=SECONDS, prefill=SECONDS, ttft=SECONDS, decode=SECONDS),
+        embedding=st.none() | st.lists(NUMBER, min_size=1),
+        score=st.none() | st.builds(m.Score, logprob=NUMBER, tokens=COUNT, perplexity=st.none() | NUMBER),
     ),
     st.builds(
         m.Error,

@@ -60,7 +60,30 @@ _SHARED: Final[dict[str, list[Bad]]] = {
     ],
     "temperature": [Bad((*NOT_NUMBER, -0.1, -1, 100.5, 10**9, 1e300, NAN, INF, -INF, *HUGE))],
     "top_p": [Bad((*NOT_NUMBER, 0, 0.0, -0.1, 1.0001, 2, 1e300, NAN, INF, -INF, *HUGE))],
-    "top_k": [Bad((*NOT_INTEGER, -1, 2**31, *HUGE))],
+    "top_k": [Bad((*NOT_INTEGER, -2, 2**31, *HUGE))],
+    "min_tokens": [Bad((*NOT_INTEGER, -1, 3, 2**24 + 1, 10**12, *HUGE))],
+    "min_p": [Bad((*NOT_NUMBER, -0.1, 1.0001, 2, 1e300, NAN, INF, -INF, *HUGE))],
+    "typical_p": [Bad((*NOT_NUMBER, 0, 0.0, -0.1, 1.0001, 2, 1e300, NAN, INF, -INF, *HUGE))],
+    "repetition_penalty": [Bad((*NOT_NUMBER, 0, 0.0, -0.1, 10.5, 1e300, NAN, INF, -INF, *HUGE))],
+    "presence_penalty": [Bad((*NOT_NUMBER, -2.1, 2.1, 1e300, NAN, INF, -INF, *HUGE))],
+    "frequency_penalty": [Bad((*NOT_NUMBER, -2.1, 2.1, 1e300, NAN, INF, -INF, *HUGE))],
+    "logit_bias": [
+        Bad(("a", 5, 1.5, NAN, True, [], dict.fromkeys(range(301), 1.0), *({value: 1.0} for value in NOT_IDS))),
+        Bad(({5: 100.5}, {5: -101}, {5: NAN}, {5: INF})),
+        Bad(({5: "a"}, {5: True}, {5: []}, {"a": 1.0}, {"1.5": 1.0}, {"": 1.0}), param="body.logit_bias*"),
+    ],
+    "allowed_token_ids": [
+        Bad((*NOT_LIST, [0] * 1025, [0] * 100_000, *([value] for value in NOT_IDS))),
+        Bad((["a"], [1.5], [NAN], [True], [None], [[1]]), param="body.allowed_token_ids[0]"),
+    ],
+    "bad_token_ids": [
+        Bad((*NOT_LIST, [0] * 129, [0] * 100_000, *([value] for value in NOT_IDS))),
+        Bad((["a"], [1.5], [NAN], [True], [None], [[1]]), param="body.bad_token_ids[0]"),
+    ],
+    "bad_words": [
+        Bad((5, 1.5, NAN, True, {}, "", "x" * 65, LONG, [""], ["x" * 65], ["a"] * 129, ["ab"] * 100_000)),
+        Bad(([5], [None], [True], [["a"]]), param="body.bad_words[0]"),
+    ],
     "seed": [Bad((*NOT_INTEGER, -1, *HUGE))],
     "stop": [
         Bad((5, 1.5, NAN, True, {}, "", "x" * 65, LONG, [""], ["x" * 65], ["a"] * 5, ["ab"] * 100_000)),
@@ -70,13 +93,19 @@ _SHARED: Final[dict[str, list[Bad]]] = {
         Bad((*NOT_LIST, [0] * 17, [0] * 100_000, *([value] for value in NOT_IDS))),
         Bad((["a"], [1.5], [NAN], [True], [None], [[1]]), param="body.stop_token_ids[0]"),
     ],
+    "include_stop_str_in_output": [Bad(NOT_FLAG)],
     "ignore_eos": [Bad(NOT_FLAG)],
+    "prompt_logprobs": [Bad((*NOT_INTEGER, -1, 21, VOCAB, *HUGE))],
+    "logits_processors": [
+        Bad(("a", 5, 1.5, NAN, True, [], {"unknown": {}}, {LONG: 1}, {f"p{n}": 1 for n in range(9)})),
+    ],
     "skip_special_tokens": [Bad(NOT_FLAG)],
     "n": [Bad((*NOT_INTEGER, 0, -1, 2, 17, 16384, *HUGE))],
 }
 
 COMPLETIONS: Final[dict[str, list[Bad]]] = _SHARED | {
     "logprobs": [Bad((*NOT_INTEGER, -1, 21, VOCAB, *HUGE))],
+    "echo": [Bad(NOT_FLAG)],
     "prompt": [
         Bad((None, 5, 1.5, NAN, True, {}, "", [], ["text"], [[1, 2]]), param="body.prompt*"),
         Bad(([1.5], [NAN], [True], [None], [b"a"]), param="body.prompt[0]"),
@@ -106,6 +135,27 @@ CHAT: Final[dict[str, list[Bad]]] = _SHARED | {
         ),
         Bad(([{"content": "a"}], [{}]), param="body.messages[0].role"),
     ],
+    "tools": [
+        Bad(("a", 5, 1.5, NAN, True, {})),
+        Bad(([5], ["a"], [None], [[]]), param="body.tools[0]"),
+        Bad(([{}], [{"type": "function"}], [{"type": "function", "function": {}}]), param="body.tools*"),
+    ],
+    "messages[].name": [Bad(tuple([{"role": "tool", "name": value}] for value in NOT_TEXT), param="body.messages[0].name")],
+    "messages[].tool_call_id": [
+        Bad(tuple([{"role": "tool", "tool_call_id": value}] for value in NOT_TEXT), param="body.messages[0].tool_call_id")
+    ],
+    "messages[].reasoning_content": [
+        Bad(
+            tuple([{"role": "assistant", "reasoning_content": value}] for value in NOT_TEXT),
+            param="body.messages[0].reasoning_content",
+        )
+    ],
+    "messages[].tool_calls": [
+        Bad(
+            tuple([{"role": "assistant", "tool_calls": value}] for value in ("a", 5, 1.5, NAN, True, {}, [5], [{}])),
+            param="body.messages[0].tool_calls*",
+        )
+    ],
     "messages[].content": [
         Bad(tuple(_user(value) for value in (5, 1.5, NAN, True, {"type": "text"})), param="body.messages[0].content"),
         Bad(([*_user("a"), *_user(5)],), param="body.messages[1].content"),
@@ -121,6 +171,46 @@ CHAT: Final[dict[str, list[Bad]]] = _SHARED | {
         Bad(tuple(_user([{"type": "text", "text": value}]) for value in NOT_TEXT), param="body.messages[0].content[0].text"),
         Bad((_user([{"type": "text"}]),), param="body.messages[0].content[0].text"),
     ],
+}
+
+_INPUT: Final[list[Bad]] = [
+    Bad((None, 5, 1.5, NAN, True, {}, "", [], ["a", "b"], [[1], [2]]), param="body.input*"),
+    Bad(([""], [[]], [None], [{}], [True], [["a"]], [[1.5]], [[1, None]]), param="body.input*"),
+    Bad(tuple([1, value] for value in NOT_IDS)),
+    Bad(([1] * (CONTEXT + 1), [[1] * 100_000], LONG, [LONG]), param="body.input|body.prompt", code="context_length_exceeded"),
+    Bad(("x" * (CONTEXT + 1),), code="context_length_exceeded", tokenised=True),
+]
+
+EMBEDDINGS: Final[dict[str, list[Bad]]] = {
+    "model": _SHARED["model"],
+    "input": _INPUT,
+    "pooling": [Bad((*NOT_TEXT, "", "max", "MEAN", LONG))],
+}
+
+SCORE: Final[dict[str, list[Bad]]] = {
+    "model": _SHARED["model"],
+    "input": [*_INPUT, Bad(([7], "x"), tokenised=True)],
+    "prompt": [
+        Bad((5, 1.5, NAN, True, {}, ["text"], [[1, 2]], [None], [1.5]), param="body.prompt*"),
+        Bad(tuple([1, value] for value in NOT_IDS), tokenised=True),
+        Bad(([1] * CONTEXT,), param="body.input", code="context_length_exceeded", tokenised=True),
+    ],
+    "logprobs": [Bad((*NOT_INTEGER, -1, 21, VOCAB, *HUGE))],
+}
+
+BODIES: Final[dict[str, dict[str, list[Bad]]]] = {
+    "completions": COMPLETIONS,
+    "chat": CHAT,
+    "embeddings": EMBEDDINGS,
+    "score": SCORE,
+}
+"""API -> field of its body -> what must not be in it."""
+
+VALID_BODY: Final[dict[str, dict[str, Any]]] = {
+    "completions": {"prompt": "abc", "max_tokens": 2},
+    "chat": {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2},
+    "embeddings": {"input": "abc"},
+    "score": {"input": "abc"},
 }
 
 _BAD_NAMES: Final = ("", "a b", "ä", "a/b", "\n", "\0", "x" * 65, LONG)

@@ -146,7 +146,7 @@ async def serving(
     **config: Any,
 ) -> AsyncIterator[Serving]:
     """A server on a free port; afterwards nothing of it runs."""
-    info = fake_info(vocab_size=VOCAB, max_model_len=context)
+    info = fake_info(vocab_size=VOCAB, max_model_len=context, embedding_dim=3)
     engine = engine or (HeldEngine(info=info) if reply is None else HeldEngine(reply, info=info))
     tokenizer = CountingTokenizer(context)
     engine.start()

@@ -10,7 +10,7 @@ import pytest
 
 from streamkv.protocol import bodies
 from streamkv.protocol import messages as m
-from tests.server.bad_values import CHAT, COMPLETIONS, HELLO, MESSAGES, VALID, Bad, encoded_fields, writable
+from tests.server.bad_values import BODIES, CHAT, HELLO, MESSAGES, VALID, VALID_BODY, Bad, encoded_fields, writable
 from tests.server.serving import Raw, Serving, serving
 
 ALIVE = "the other stream on this connection "
@@ -64,15 +64,14 @@ async def check(served: Serving, raw: Raw, message: dict[str, Any], bad: Bad, pa
 @pytest.mark.parametrize("codec", ["json", "msgpack"])
 @pytest.mark.parametrize(
     ("api", "field"),
-    [("completions", field) for field in COMPLETIONS] + [("chat", field) for field in CHAT],
+    [(api, field) for api, fields in BODIES.items() for field in fields],
 )
 async def test_every_field_of_a_body(codec: str, api: str, field: str):
     name = field.partition("[")[0]
-    valid = {"prompt": "abc"} if api == "completions" else {"messages": [{"role": "user", "content": "abc"}]}
     async with beside_a_live_stream(codec) as (served, raw):
-        for bad in (COMPLETIONS if api == "completions" else CHAT)[field]:
+        for bad in BODIES[api][field]:
             for value in bad.values:
-                body = valid | {"max_tokens": 2} | (bad.beside or {}) | {name: value}
+                body = VALID_BODY[api] | (bad.beside or {}) | {name: value}
                 if name == "max_completion_tokens":
                     del body["max_tokens"]
                 if writable(body, text=raw.text):
@@ -111,13 +110,12 @@ def test_the_tables_name_every_field_that_exists():
         table = HELLO if tag == "hello" else MESSAGES[tag]
         assert set(table) == set(encoded_fields(kind)), f"fields of {tag}"
     assert set(MESSAGES) | {"hello"} == set(VALID) == {kind.__struct_config__.tag for kind in m.ClientMessage.__args__}
-    assert set(COMPLETIONS) == set(encoded_fields(bodies._CompletionBody))
-    plain = {field for field in CHAT if "[" not in field}
-    assert plain == set(encoded_fields(bodies._ChatBody))
+    assert set(bodies.APIS) == set(BODIES) == set(VALID_BODY)
+    for api, struct in bodies.APIS.items():
+        assert {field for field in BODIES[api] if "[" not in field} == set(encoded_fields(struct)), f"fields of {api}"
     assert {f"messages[].{name}" for name in encoded_fields(bodies._ChatMessage)} == {
         field for field in CHAT if field.count("[]") == 1
     }
     assert {"messages[].content[].type", *(f"messages[].content[].{name}" for name in encoded_fields(bodies._TextPart))} == {
         field for field in CHAT if field.count("[]") == 2
     }
-    assert set(bodies.APIS) == {"chat", "completions"}

@@ -106,7 +106,7 @@ class Untouchable(TextTokenizer):
     def encode(self, text: str) -> list[int]:
         raise AssertionError("tokenised")
 
-    def encode_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Any, **_options: Any) -> list[int]:
         raise AssertionError("tokenised")
 
 
@@ -127,6 +127,12 @@ class Untouchable(TextTokenizer):
         ([1] * (CONTEXT - 1), {"max_tokens": 2}, ContextLengthError, "prompt"),
         ("text", {"max_tokens": CONTEXT}, ContextLengthError, "max_tokens"),
         ("text", {"stop_token_ids": (10**6,)}, InvalidRequestError, "stop_token_ids"),
+        ("text", {"allowed_token_ids": (10**6,)}, InvalidRequestError, "allowed_token_ids"),
+        ("text", {"bad_token_ids": (1, 10**6)}, InvalidRequestError, "bad_token_ids"),
+        ("text", {"logit_bias": {10**6: 1.0}}, InvalidRequestError, "logit_bias"),
+        ("text", {"logits_processors": {"nobody": None}}, InvalidRequestError, "logits_processors"),
+        ([1] * (CONTEXT - 1), {"max_tokens": None, "min_tokens": 2}, ContextLengthError, "prompt"),
+        ([1] * (CONTEXT + 1), {"max_tokens": 0, "echo": True}, ContextLengthError, "prompt"),
         (None, {}, InvalidRequestError, "prompt"),
         (5, {}, InvalidRequestError, "prompt"),
         (b"bytes", {}, InvalidRequestError, "prompt"),
