@@ -139,15 +139,16 @@ class KVCache:
         return [(hit.source, target)] if target != hit.source else []
 
     def fork(self, leader: Request, child: Request) -> None:
-        """Share all of the leader's prompt blocks; the child recomputes the prompt's last token, into a private copy."""
+        """Share the leader's blocks as far as the tokens are equal and computed; the child's last token is left to compute.
+
+        A block that is shared in part is copied by the chunk that follows.
+        """
         assert not child.blocks, f"{child} holds blocks already"
-        computed = child.num_prompt - 1
-        assert leader.computed >= computed, f"{leader} has not written the prompt yet"
+        computed = min(child.shared, len(child.tokens) - 1, leader.computed)
         blocks = leader.blocks[: -(-computed // self.block_size)]
         for block_id in blocks:
             self.pool.acquire(block_id)
         child.blocks = blocks
-        child.keys = leader.keys[: child.num_prompt // self.block_size]
         child.computed = child.planned = computed
         # Whole blocks of the leader were offered to the index already; the chain goes on from the last of them.
         child.published = computed // self.block_size

@@ -69,11 +69,14 @@ class Request:
         arrival: position in the order of submission; breaks ties.
         credit: absolute number of output tokens the client accepts; None = no limit.
         root: what isolates its prefix cache (fingerprint and salt); None = it neither reads nor publishes.
-        leader: the sibling whose prompt blocks this sample forks; None once it has forked or must go alone.
+        leader: whose first `shared` tokens are this request's too: the sibling of a sample, the parent of a fork; its blocks are
+            shared at admission. None once that is done, or if the request must go alone.
+        shared: number of tokens at the start that are the leader's too.
         computed: tokens whose KV is written and committed. Owner: scheduler.
         planned: `computed` plus what steps in flight write. Owner: scheduler.
         pending: output tokens that steps in flight will sample, at most one per step. Owner: scheduler.
         row: fixed place in the runner's tables while running, else -1.
+        entered: id of the step with which it got its row; -1 before.
         last_step: id of the last step that holds a row of it; its blocks are fenced until that step has ended.
         blocks: block table, ids in token order. Owner: KV cache.
         keys: (digest, packed tokens) of every full block hashed so far. Owner: KV cache.
@@ -90,6 +93,7 @@ class Request:
         "cached",
         "computed",
         "credit",
+        "entered",
         "id",
         "keys",
         "last_step",
@@ -104,6 +108,7 @@ class Request:
         "published",
         "root",
         "row",
+        "shared",
         "state",
         "stop",
         "tokens",
@@ -120,6 +125,7 @@ class Request:
         credit: int | None = None,
         root: bytes | None = None,
         leader: Request | None = None,
+        shared: int = 0,
     ) -> None:
         self.id = request_id
         self.tokens = list(prompt)
@@ -131,11 +137,13 @@ class Request:
         self.credit = credit
         self.root = root
         self.leader = leader
+        self.shared = shared
         self.state = State.WAITING
         self.computed = 0
         self.planned = 0
         self.pending = 0
         self.row = -1
+        self.entered = -1
         self.last_step = -1
         self.blocks: list[int] = []
         self.keys: list[tuple[bytes, bytes]] = []

@@ -110,8 +110,13 @@ class Scheduler:
         salt: str = "",
         use_cache: bool = True,
         credit: int | None = None,
+        fork_of: str | None = None,
     ) -> None:
         """Queue one prompt and its parallel samples; all or none.
+
+        Args:
+            fork_of: a live request; blocks of the tokens that the prompt begins with as it does are shared, copy-on-write, and
+                not computed again. Once it has finished the prefix cache has what it has published.
 
         Raises:
             InvalidRequestError: an id is in use, the prompt is empty, or it can never fit context or pool.
@@ -119,7 +124,9 @@ class Scheduler:
         """
         self._refuse(ids, prompt, stop)
         root = self.cache.root(salt) if use_cache else None
-        leader: Request | None = None
+        leader = self._requests.get(fork_of) if fork_of is not None else None
+        shared = _common(leader.tokens, prompt) if leader is not None and leader.root == root else 0
+        sibling: Request | None = None
         for request_id in ids:
             request = Request(
                 request_id,
@@ -129,15 +136,15 @@ class Scheduler:
                 priority=priority if self.config.policy == "priority" else 0,
                 credit=credit,
                 root=root,
-                leader=leader,
+                leader=leader if shared else None,
+                shared=shared,
             )
             self._next_arrival += 1
-            if leader is None:
-                leader = request
+            if sibling is None:
                 self.cache.extend_keys(request)
+                leader, shared, sibling = request, len(prompt), request  # the samples that follow share all of its prompt
             else:
-                assert leader is not None
-                request.keys = list(leader.keys)
+                request.keys = list(sibling.keys)
             self._requests[request_id] = request
             self._num_waiting += 1
             self._waiting_tokens += len(prompt)
@@ -384,8 +391,10 @@ class Scheduler:
         key: bytes | str | None = None
         if leader is not None:
             if leader.state is State.RUNNING or (leader.state is State.WAITING and leader.id not in self._asleep):
+                # What a fork shares beyond the leader's prompt may be still to come, but a parked leader never gets on.
+                needed = min(request.shared, len(request.tokens) - 1, leader.num_prompt - 1)
                 # A leader that enters with this very step may get its prompt by a copy of this step: too early to share.
-                ready = leader.computed >= leader.num_prompt - 1 and -1 < leader.last_step < self._next_step
+                ready = leader.computed >= needed and -1 < leader.entered < self._next_step
                 key = None if ready else leader.id
             else:
                 request.leader = None
@@ -431,7 +440,7 @@ class Scheduler:
         return True
 
     def _admit_fork(self, request: Request, step: Step) -> bool:
-        """Share the leader's prompt; the copy of the shared tail is made by the chunk that follows at once."""
+        """Share the leader's blocks; the copy of the shared tail is made by the chunk that follows at once."""
         leader = request.leader
         assert leader is not None
         if self.cache.pool.num_available < 1:
@@ -457,6 +466,7 @@ class Scheduler:
         del self._queued[request.id]
         request.move(State.RUNNING)
         request.row = self._free_rows.pop()
+        request.entered = step.id
         self._running[request.id] = request
         self._num_waiting -= 1
         first_time = request.cached < 0
@@ -655,3 +665,11 @@ class Scheduler:
             assert not self._held, "somebody is held back by nobody"
             assert not self._waiting_tokens, "waiting tokens are miscounted"
             assert not self.cache.pool.num_used, "blocks leak"
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the longest common prefix."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(index for index in range(length) if one[index] != other[index])

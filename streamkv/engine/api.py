@@ -45,6 +45,9 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         use_cache: False = neither read nor publish cached blocks.
         credit: number of output tokens the client accepts so far (absolute); None = no limit.
         pooling: None, or the request asks for one vector of its prompt; then it neither generates nor uses the cache.
+        fork_of: a request whose prompt and output this prompt begins with; while it lives their blocks are shared copy-on-write,
+            later through the prefix cache. Needs its salt.
+        first_branch: branch of the first id; a fork takes branches that nobody of its family has, so that it goes its own way.
     """
 
     ids: tuple[str, ...]
@@ -55,6 +58,8 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     use_cache: bool = True
     credit: int | None = None
     pooling: Pooling | None = None
+    fork_of: str | None = None
+    first_branch: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

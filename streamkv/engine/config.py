@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from streamkv.errors import ConfigError
+from streamkv.hub import is_hub_id, resolve_model
 
 __all__ = ["EngineConfig", "parse_bytes"]
 
@@ -17,8 +18,9 @@ class EngineConfig:
     """Settings of one engine; the names are those of the command line.
 
     Attributes:
-        model: folder in Hugging Face's layout; None = the model in the box.
-        served_model_name: what clients call it; None = the folder's name.
+        model: folder in Hugging Face's layout, or a hub id `org/name`; None = the model in the box.
+        revision: branch, tag or commit of a hub id; None = the hub's default branch.
+        served_model_name: what clients call it; None = the folder's name, or the hub id.
         backend: `auto`, `torch`, `cuda`, the name of an entry point, or `package.module:Class`.
         device: torch device; `auto` = what the backend wants.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
@@ -39,6 +41,7 @@ class EngineConfig:
     """
 
     model: str | None = None
+    revision: str | None = None
     served_model_name: str | None = None
     backend: str = "auto"
     device: str = "auto"
@@ -67,6 +70,8 @@ class EngineConfig:
                 _at_least_one(name, getattr(self, name))
         if self.num_blocks is not None and self.kv_cache_memory is not None:
             raise ConfigError("give num_blocks or kv_cache_memory, not both", param="num_blocks")
+        if self.revision is not None and self.model is None:
+            raise ConfigError("revision needs a model of the hub", param="revision")
         if not 0.0 < self.memory_fraction <= 0.95:
             raise ConfigError("memory_fraction must be more than 0 and at most 0.95", param="memory_fraction")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -74,9 +79,13 @@ class EngineConfig:
 
     @property
     def model_path(self) -> Path:
-        """Folder to load."""
+        """Folder to load. The first time, a hub id may have to be downloaded.
+
+        Raises:
+            ModelLoadError: there is no such folder, or the hub does not give it.
+        """
         if self.model is not None:
-            return Path(self.model)
+            return resolve_model(self.model, self.revision)
         from streamkv.demo import model_path  # only who asks for the model in the box needs it
 
         return model_path()
@@ -86,7 +95,9 @@ class EngineConfig:
         """What clients may write into `model`."""
         if self.served_model_name is not None:
             return self.served_model_name
-        return "streamkv-demo" if self.model is None else Path(self.model).name
+        if self.model is None:
+            return "streamkv-demo"
+        return self.model if is_hub_id(self.model) else Path(self.model).name
 
 
 def _at_least_one(name: str, value: object) -> None:

@@ -125,8 +125,9 @@ class InProcessEngine:
             # What is wanted of every prompt token needs every prompt token computed.
             use_cache=request.use_cache and request.pooling is None and sampling.prompt_logprobs is None,
             credit=request.credit,
+            fork_of=request.fork_of,
         )
-        for branch, request_id in enumerate(request.ids):
+        for branch, request_id in enumerate(request.ids, request.first_branch):
             self._asked[request_id] = _Asked(sampling, branch, request.pooling)
         self._idle.clear()
         self._wake.set()

@@ -111,7 +111,7 @@ class FakeEngine:
         if len(self._live) + len(request.ids) > self._max_live:
             raise OverloadedError("too many requests; try again later")
         self._prompt_tokens += len(request.prompt) * len(request.ids)
-        for branch, request_id in enumerate(request.ids):
+        for branch, request_id in enumerate(request.ids, request.first_branch):
             self._live[request_id] = _Live(request, branch, request.credit)
         self._idle.clear()
         self._wake.set()

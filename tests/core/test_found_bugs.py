@@ -133,3 +133,15 @@ def test_nan_left_behind_by_a_preempted_request_ends_it_and_is_cleared() -> None
     assert world.reason == {victim: "error"}
     world.run()
     world.verify()
+
+
+def test_samples_run_beside_the_first_one_and_not_after_it() -> None:
+    """A leader that decodes is in every step, and was taken for one that had just entered: its siblings waited for its end."""
+    world = World()
+    world.submit("r", [1, 2, 3, 4, 5, 6], 8, n=3)
+    world.run()
+    world.verify()
+    rows = [len(step.rows) for step in world.steps]
+    assert max(rows) == 3
+    assert len(rows) <= 8 + 2 + 1, f"{len(rows)} steps, of {rows} rows"
+    assert world.scheduler.stats().cached_tokens == 2 * 5, "each shares all of the prompt but its last token"

@@ -13,7 +13,8 @@ SIZE = 4
 
 
 def ask(cache: KVCache, tokens: list[int], *, name: str = "r", salt: str = "", use_cache: bool = True) -> Request:
-    request = Request(name, tokens, StopRule(8), arrival=0, root=cache.root(salt) if use_cache else None)
+    root = cache.root(salt) if use_cache else None
+    request = Request(name, tokens, StopRule(8), arrival=0, root=root, shared=len(tokens))  # in case it is forked from another
     cache.extend_keys(request)
     return request
 
@@ -211,3 +212,21 @@ def test_check_sees_a_write_to_a_shared_block() -> None:
 def test_a_block_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="block_size"):
         KVCache(1, 0)
+
+
+def test_a_fork_shares_as_far_as_the_tokens_are_equal_and_computed() -> None:
+    for shared, computed_by_leader, expected in ((9, 9, 9), (9, 7, 7), (5, 9, 5), (8, 9, 8), (12, 9, 9)):
+        cache = KVCache(12, SIZE)
+        leader = written(cache, list(range(9)))
+        leader.computed = computed_by_leader
+        child = ask(cache, [*range(shared), 99, 98], name="child")
+        child.shared = shared
+        cache.fork(leader, child)
+        assert child.computed == expected
+        assert child.blocks == leader.blocks[: -(-expected // SIZE)]
+        leader.computed = 9
+        copies = write(cache, child)
+        assert len(copies) == (expected % SIZE > 0), "a block that is shared in part is copied"
+        cache.free(child, None)
+        cache.free(leader, None)
+        cache.check()

@@ -53,6 +53,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             return  # refused before anything is queued; `check` would see a trace of it
         self.next += 1
 
+    @precondition(lambda self: self.live())
+    @rule(
+        data=st.data(),
+        keep=st.integers(0, 30),
+        own=st.lists(st.integers(0, VOCAB - 1), max_size=3),
+        max_tokens=st.integers(0, 6),
+        n=st.sampled_from([1, 1, 2]),
+        salt=st.sampled_from(["", "", "", "other"]),
+        credit=st.sampled_from([None, None, 0, 2]),
+    )
+    def fork(self, data: st.DataObject, keep: int, own: list[int], max_tokens: int, n: int, **options: object) -> None:
+        """A new request that begins as a live one does, up to some token of its output, and goes on by itself."""
+        parent = data.draw(st.sampled_from(self.live()))
+        tokens, num_prompt = self.world.scheduler.tokens_of(parent)
+        prompt = tokens[: num_prompt + keep] + own
+        try:
+            self.world.submit(f"r{self.next}", prompt, max_tokens, n=n, fork_of=parent, **options)
+        except StreamKVError:
+            return
+        self.next += 1
+
     @precondition(lambda self: len(self.world.flight) < 2)
     @rule()
     def plan(self) -> None:

@@ -369,3 +369,80 @@ def test_steps_must_be_committed_in_order() -> None:
     step = planned(world)
     with pytest.raises(AssertionError, match="before step"):
         world.scheduler.commit(step, world.flight[1][1])
+
+
+# -- forks ------------------------------------------------------------------------------------------------------------
+
+
+def forked(*, at: int, own: list[int], steps: int = 7, parked: bool = False, num_blocks: int = 16) -> tuple[World, int]:
+    """A parent that has run for some steps, and a fork of it at some output token; (world, tokens computed for the fork)."""
+    world = World(num_blocks=num_blocks, budget=16)
+    world.submit("parent", [1, 2, 3, 4, 5, 6], 20, credit=steps if parked else None)
+    for _ in range(steps):
+        world.run_once()
+    tokens, num_prompt = world.scheduler.tokens_of("parent")
+    before = world.memory.computed_tokens
+    world.submit("fork", tokens[: num_prompt + at] + own, 3, fork_of="parent")
+    alone = 0
+    while "fork" not in world.reason:
+        world.run_once()
+        alone += 1
+        assert alone < 20
+    computed = world.memory.computed_tokens - before
+    if not parked:
+        computed -= sum(1 for step in world.steps[-alone:] if 0 in step.rows)  # the parent's own tokens
+    world.verify()
+    world.check()
+    return world, computed
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5])
+def test_a_fork_of_a_live_request_computes_only_what_is_new(at: int) -> None:
+    world, computed = forked(at=at, own=[0, 1])
+    assert computed == 2 + 2, "its two own tokens, and two of the three it generates are fed back"
+    assert world.scheduler.stats().cached_tokens == 6 + at
+
+
+def test_a_fork_that_adds_nothing_computes_its_last_token_again() -> None:
+    _, computed = forked(at=4, own=[])
+    assert computed == 1 + 2
+
+
+def test_a_fork_of_a_parked_parent_does_not_wait_for_it() -> None:
+    """The parent's newest token is not computed and will not be: it is computed for the fork."""
+    world, computed = forked(at=7, own=[0], parked=True)
+    assert "parent" not in world.reason
+    assert computed == 1 + 1 + 2
+
+
+def test_a_fork_of_a_finished_request_finds_its_blocks_in_the_cache() -> None:
+    world = World()
+    world.submit("parent", [1, 2, 3, 4, 5, 6], 6)
+    world.run()
+    tokens = [1, 2, 3, 4, 5, 6, *world.output["parent"]]
+    world.submit("fork", [*tokens, 0], 2, fork_of="parent")
+    world.run()
+    world.verify()
+    # Its last token was never fed back, so eleven are computed: two whole blocks.
+    assert world.scheduler.stats().cached_tokens == 8
+
+
+def test_a_fork_with_another_salt_shares_nothing() -> None:
+    world = World()
+    world.submit("parent", [1, 2, 3, 4, 5, 6], 20)
+    for _ in range(3):
+        world.run_once()
+    world.submit("fork", [1, 2, 3, 4, 5, 6, 0], 2, fork_of="parent", salt="other")
+    world.run()
+    world.verify()
+    assert world.scheduler.stats().cached_tokens == 0
+
+
+def test_a_fork_that_begins_otherwise_is_a_request_like_any_other() -> None:
+    world = World()
+    world.submit("parent", [1, 2, 3, 4, 5, 6], 20)
+    world.run_once()
+    world.submit("fork", [2, 2, 2], 2, fork_of="parent")
+    world.submit("orphan", [3, 2, 2], 2, fork_of="nobody")
+    world.run()
+    world.verify()

@@ -166,6 +166,27 @@ async def test_an_embedding_comes_with_the_last_output(engine: EngineClient, poo
     assert collected["a"].tokens == []
 
 
+# -- forks ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_fork_goes_on_from_its_parents_tokens_and_leaves_the_parent_alone(engine: EngineClient) -> None:
+    (alone,) = (await run_all(engine, [ask("alone", PROMPT, 12)])).values()
+    reader = Reader(engine)
+    await engine.submit(ask("parent", PROMPT, 12, credit=6))
+    await reader.tokens("parent", 6)
+    so_far = [*PROMPT, *reader.requests["parent"].tokens[:4]]
+    fork = EngineRequest(("fork/1", "fork/2"), so_far, Sampling(max_tokens=5), fork_of="parent", first_branch=1)
+    await engine.submit(fork)
+    await engine.submit(EngineRequest(("orphan",), so_far, Sampling(max_tokens=2), fork_of="nobody"))
+    collected = await reader.finished(["fork/1", "fork/2", "orphan"])
+    await engine.credit("parent", 12)
+    (parent,) = (await reader.finished(["parent"])).values()
+    assert parent.tokens == alone.tokens
+    assert [len(collected[name].tokens) for name in ("fork/1", "fork/2", "orphan")] == [5, 5, 2]
+    for one in collected.values():
+        check_stream(one)
+
+
 # -- cancel -----------------------------------------------------------------------------------------------------------
 
 

@@ -253,3 +253,21 @@ async def test_a_preempted_request_does_not_score_its_prompt_twice() -> None:
         assert [part.start for part in parts] == [1 + sum(len(p.entries) for p in parts[:index]) for index in range(len(parts))]
         values = [entry.chosen for part in parts for entry in part.entries]
         assert values == [-float(position) for position in range(1, len(prompt))]
+
+
+async def test_a_fork_of_a_live_request_shares_its_blocks_copy_on_write() -> None:
+    async with integer_engine() as (engine, _):
+        reader = Reader(engine)
+        prompt = [1, 2, 3, 4, 5, 6, 0, 1, 2]
+        await engine.submit(ask("parent", prompt, 30, credit=7))
+        await reader.tokens("parent", 7)
+        tokens = [*prompt, *reader.requests["parent"].tokens[:5]]
+        before = await engine.stats()
+        await engine.submit(EngineRequest(("fork",), [*tokens, 3], Sampling(max_tokens=4), fork_of="parent"))
+        (fork,) = (await reader.finished(["fork"])).values()
+        assert fork.cached == len(tokens), "everything but its own token was there"
+        assert fork.tokens == reference([*tokens, 3], "fork", StopRule(4))[0]
+        assert (await engine.stats()).cached_tokens - before.cached_tokens == len(tokens)
+        await engine.credit("parent", 30)
+        (parent,) = (await reader.finished(["parent"])).values()
+        assert parent.tokens == reference(prompt, "parent", StopRule(30))[0]
