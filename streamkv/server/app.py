@@ -1,27 +1,23 @@
-"""Routes and life cycle: `/v1/stream`, `/health`, `/ready`; SIGTERM drains."""
+"""Life cycle of a server: what it answers, how it listens, how it goes away; SIGTERM drains."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
-import itertools
-import secrets
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
-from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
 
-from streamkv import __version__
 from streamkv.errors import ConfigError
-from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
-from streamkv.protocol.session import Session
-from streamkv.server.config import ServerConfig, is_loopback
-from streamkv.server.connection import Connection
+from streamkv.server.config import ServerConfig
+from streamkv.server.guard import Guard
+from streamkv.server.routes import Access, Door, Route
+from streamkv.server.stream_door import StreamDoor
 from streamkv.text.streams import TextStreams
 
 __all__ = ["Server", "run_until_signalled"]
@@ -32,24 +28,33 @@ log = structlog.get_logger(__name__)
 
 
 class Server:
-    """Holds the connections of one process."""
+    """The doors of one process behind one guard, and their life cycle."""
 
     def __init__(self, streams: TextStreams, config: ServerConfig) -> None:
         """Nothing listens before `listening` is entered."""
         self._streams = streams
         self._config = config
-        self._connections: set[Connection] = set()
-        self._names = itertools.count(1)
         self._draining = False
-        self._moved = asyncio.Event()  # a connection became idle or ended
+        self._moved = asyncio.Event()  # something became idle or ended
+        self.guard = Guard(config)
+        self.stream_door = StreamDoor(streams, config, self._moved.set)
+        self.doors: list[Door] = [self.stream_door]
         self.port = config.port
+
+    def routes(self) -> list[Route]:
+        """Everything that this server answers."""
+        own = [
+            Route("GET", "/health", self._health, Access.PUBLIC),
+            Route("GET", "/ready", self._ready, Access.PUBLIC),
+        ]
+        return own + [route for door in self.doors for route in door.routes()]
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(client_max_size=1 << 20)
-        app.router.add_get("/v1/stream", self._stream)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
+        app = web.Application(client_max_size=1 << 20, middlewares=[self.guard.middleware])
+        for route in self.routes():
+            # Not `add_get`, which would add a route for HEAD that is not in the table.
+            self.guard.protect({app.router.add_route(route.method, route.path, route.handler): route.access})
         return app
 
     @asynccontextmanager
@@ -81,98 +86,23 @@ class Server:
             return web.json_response({"status": "draining" if self._draining else "engine_lost"}, status=503)
         return web.json_response({"status": "ready", "model": self._streams.info.model})
 
-    async def _stream(self, request: web.Request) -> web.StreamResponse:
-        refusal = self._refusal(request)
-        if refusal is not None:
-            return refusal
-        socket = web.WebSocketResponse(
-            protocols=SUBPROTOCOLS,
-            compress=False,
-            heartbeat=self._config.limits.heartbeat_s,
-            max_msg_size=self._config.limits.frame + 1,  # aiohttp refuses what reaches it
-            writer_limit=64 * 1024,
-            decode_text=False,
-            timeout=3.0,
-        )
-        chosen = socket.can_prepare(request).protocol
-        if chosen is None:
-            # aiohttp by itself would go on without any protocol.
-            return _error(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
-        codec = CODECS[chosen]
-        session = Session(
-            codec,
-            self._config.limits,
-            session_id=secrets.token_urlsafe(16),
-            epoch=self._streams.info.epoch,
-            server=f"streamkv/{__version__}",
-            models=(self._streams.info.model,),
-            max_model_len=self._streams.info.max_model_len,
-        )
-        name = f"c{next(self._names)}"
-        connection = Connection(name, socket, request, codec, session, self._streams, self._config, self._moved.set)
-        self._connections.add(connection)  # before the first await: it counts, and a drain must not miss it
-        try:
-            await socket.prepare(request)
-            log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
-            await connection.run()
-        finally:
-            self._connections.discard(connection)
-            self._moved.set()
-        return socket
-
-    def _refusal(self, request: web.Request) -> web.Response | None:
-        """Everything that must be answered before the upgrade."""
-        if self._draining:
-            return _error(503, "the server is shutting down; connect to another one")
-        if len(self._connections) >= self._config.max_connections:
-            return _error(503, "too many connections; try again later")
-        if not self._host_allowed(request.host):
-            return _error(403, "this Host is not served here; start with --allowed-host to allow it")
-        origin = request.headers.get("Origin")
-        if origin is not None and not self._origin_allowed(origin, request.host):
-            return _error(403, "this Origin is not allowed; start with --allowed-origin to allow it")
-        if request.headers.get("Upgrade", "").lower() != "websocket":
-            return _error(426, "this is a WebSocket endpoint; see docs/protocol.md", {"Upgrade": "websocket"})
-        return None
-
-    def _host_allowed(self, host: str) -> bool:
-        """A page that rebinds its name to this address sends its own name in `Host`."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if self._config.allowed_hosts:
-            return name in self._config.allowed_hosts
-        if not is_loopback(self._config.host):
-            # Reached by whatever name the operator gave the machine; addresses cannot be rebound.
-            return True
-        return name == self._config.host or is_loopback(name)
-
-    def _origin_allowed(self, origin: str, host: str) -> bool:
-        if origin in self._config.allowed_origins:
-            return True
-        try:
-            return origin != "null" and urlsplit(origin).netloc == host
-        except ValueError:
-            return False
-
     # -- shutdown -------------------------------------------------------------------------------------------------
 
     async def drain(self, reason: str) -> bool:
-        """Take nothing new, let running streams finish within the drain timeout, close every connection.
+        """Take nothing new, let what runs finish within the drain timeout, then end the rest.
 
         Returns:
-            True if every stream finished by itself.
+            True if everything finished by itself.
         """
         self._draining = True
         timeout = self._config.drain_timeout_s
-        log.info("draining", connections=len(self._connections), seconds=timeout)
-        for connection in tuple(self._connections):
-            connection.drain(timeout, reason)
-        complete = await self._settled(lambda: all(connection.idle for connection in self._connections), timeout)
-        for connection in tuple(self._connections):
-            connection.close(1001, f"going_away: {reason}")
-        await self._settled(lambda: not self._connections, _CLOSE_S)
+        log.info("draining", seconds=timeout)
+        for door in self.doors:
+            door.drain(timeout, reason)
+        complete = await self._settled(lambda: all(door.idle for door in self.doors), timeout)
+        for door in self.doors:
+            door.close(reason)
+        await self._settled(lambda: all(door.closed for door in self.doors), _CLOSE_S)
         log.info("drained", complete=complete)
         return complete
 
@@ -186,10 +116,6 @@ class Server:
         except TimeoutError:
             return reached()
         return True
-
-
-def _error(status: int, message: str, headers: dict[str, str] | None = None) -> web.Response:
-    return web.json_response({"error": {"message": message}}, status=status, headers=headers)
 
 
 async def run_until_signalled(server: Server, *, ready: asyncio.Event | None = None) -> bool:

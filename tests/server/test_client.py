@@ -184,7 +184,7 @@ async def test_a_lost_connection_ends_everything_that_waits_and_everything_that_
         served.engine.hold = 2
         stream = client.complete("abc", max_tokens=100)
         await eventually(lambda: stream.num_tokens == 2)
-        (connection,) = served.server._connections
+        (connection,) = served.server.stream_door.connections
         connection._abort("test")
         with pytest.raises(ClientConnectionError):
             await stream.result()
@@ -197,7 +197,7 @@ async def test_a_lost_connection_ends_everything_that_waits_and_everything_that_
 
 async def test_a_ping_on_its_way_ends_with_the_connection():
     async with serving() as served, connect(served.url) as client:
-        (connection,) = served.server._connections
+        (connection,) = served.server.stream_door.connections
         ping = asyncio.create_task(client.ping())
         connection._abort("test")
         with pytest.raises(ClientConnectionError):

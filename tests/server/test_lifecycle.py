@@ -77,7 +77,7 @@ async def test_one_known_subprotocol_is_chosen_or_the_upgrade_refused(offered: l
         else:
             async with served.http.ws_connect(served.url, protocols=offered) as opened:
                 assert opened.protocol == chosen
-        await eventually(lambda: not served.server._connections)
+        await eventually(lambda: not served.server.stream_door.connections)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ async def test_connections_beyond_the_limit_are_refused_until_one_ends():
         async with served.raw(), served.raw():
             assert await upgrade_status(served) == 503
             assert (await get(served, "/ready"))[0] == 200
-        await eventually(lambda: not served.server._connections)
+        await eventually(lambda: not served.server.stream_door.connections)
         assert await upgrade_status(served) == 101
 
 
@@ -163,10 +163,10 @@ async def deaf(served: Serving) -> AsyncIterator[tuple[Raw, Connection]]:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         return made
 
-    known = set(served.server._connections)
+    known = set(served.server.stream_door.connections)
     connector = aiohttp.TCPConnector(socket_factory=small)
     async with aiohttp.ClientSession(connector=connector) as http, replace(served, http=http).raw() as raw:
-        (connection,) = served.server._connections - known
+        (connection,) = served.server.stream_door.connections - known
         transport = connection._request.transport
         assert transport is not None
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -201,7 +201,7 @@ async def test_who_never_reads_is_aborted_when_a_send_takes_too_long():
             await raw.wait_for_type("delta", "s")
             stop_reading(raw)
             await fill(raw, connection)
-            await eventually(lambda: len(served.server._connections) == 1)
+            await eventually(lambda: len(served.server.stream_door.connections) == 1)
         assert served.engine.live == ["c1-0.0"]
         await served.engine.release()
         assert (await other.ended("o")).text == "abcabc"
@@ -228,7 +228,7 @@ async def test_who_is_behind_by_too_much_text_is_aborted_at_once():
 
             connection.session._outbox.text = watched  # type: ignore[method-assign]  # to watch, not to change
             await served.engine.release()
-            await eventually(lambda: len(served.server._connections) == 1)
+            await eventually(lambda: len(served.server.stream_door.connections) == 1)
             assert 2048 < worst < 2048 + 64
         await served.quiet()
         assert (await other.ended("o")).text == "abcabc"
@@ -288,5 +288,5 @@ async def test_drain_does_not_wait_for_a_peer_that_never_reads():
         stop_reading(raw)
         await fill(raw, connection)
         await served.server.drain("a test")
-        await eventually(lambda: not served.server._connections)
+        await eventually(lambda: not served.server.stream_door.connections)
         await served.quiet()

@@ -190,7 +190,7 @@ async def test_a_lost_connection_leaves_nothing_in_the_engine():
                 await raw.wait_for_type("delta", "s0")
                 raw.socket._writer.transport.abort()
             await served.quiet()
-            await eventually(lambda: len(served.server._connections) == 1)
+            await eventually(lambda: len(served.server.stream_door.connections) == 1)
         served.engine.hold = None
         await other.create("a", "abc", max_tokens=3)
         assert (await other.ended("a")).text == "abc"
@@ -203,7 +203,7 @@ async def test_a_connection_lost_while_its_prompt_is_tokenised_leaves_nothing_in
             async with served.raw() as raw:
                 await raw.create("s", "abc" * 50, max_tokens=10)
                 raw.socket._writer.transport.abort()
-            await eventually(lambda: not served.server._connections)
+            await eventually(lambda: not served.server.stream_door.connections)
             await served.quiet()
 
 
@@ -216,11 +216,11 @@ async def test_a_connection_lost_while_the_engine_takes_its_request_leaves_nothi
         async with served.raw() as raw:
             await raw.create(["a", "b"], "abc", max_tokens=10)
             await eventually(lambda: bool(served.engine.requests))
-            (connection,) = served.server._connections
+            (connection,) = served.server.stream_door.connections
             raw.socket._writer.transport.abort()
             await eventually(lambda: connection.session.closed)
         event.set()
-        await eventually(lambda: not served.server._connections)
+        await eventually(lambda: not served.server.stream_door.connections)
         await served.quiet()
 
 
@@ -272,7 +272,7 @@ async def test_a_stream_that_waits_for_its_first_token_costs_no_cpu():
         served.engine.hold = 0
         await raw.create("s", "abc", max_tokens=10)
         await raw.wait_for_type("accepted", "s")
-        (connection,) = served.server._connections
+        (connection,) = served.server.stream_door.connections
         looks = 0
         look = connection.session.next_message
 
@@ -299,7 +299,7 @@ def _status(stream_id: str) -> Any:
 
 async def test_asking_without_reading_the_answers_stops_being_read():
     async with serving(limits=SessionLimits(control=8), send_timeout_s=60.0) as served, served.raw() as raw:
-        (connection,) = served.server._connections
+        (connection,) = served.server.stream_door.connections
         longest = 0
         say = connection.session._outbox.say
 

@@ -1,0 +1,111 @@
+"""`GET /v1/stream`: the upgrade, and the connections that came of it."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable
+
+import structlog
+from aiohttp import web
+
+from streamkv import __version__
+from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
+from streamkv.protocol.session import Session
+from streamkv.server.config import ServerConfig
+from streamkv.server.connection import Connection
+from streamkv.server.routes import Access, Route, error_response
+from streamkv.text.streams import TextStreams
+
+__all__ = ["StreamDoor"]
+
+log = structlog.get_logger(__name__)
+
+
+class StreamDoor:
+    """Holds the WebSocket connections of one process."""
+
+    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None]) -> None:
+        """``moved`` is called whenever a connection has become idle or has ended."""
+        self._streams = streams
+        self._config = config
+        self._moved = moved
+        self.connections: set[Connection] = set()
+        self._names = itertools.count(1)
+        self._draining = False
+
+    def routes(self) -> list[Route]:
+        """One."""
+        return [Route("GET", "/v1/stream", self._stream, Access.UPGRADE)]
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return refusal
+        socket = web.WebSocketResponse(
+            protocols=SUBPROTOCOLS,
+            compress=False,
+            heartbeat=self._config.limits.heartbeat_s,
+            max_msg_size=self._config.limits.frame + 1,  # aiohttp refuses what reaches it
+            writer_limit=64 * 1024,
+            decode_text=False,
+            timeout=3.0,
+        )
+        chosen = socket.can_prepare(request).protocol
+        if chosen is None:
+            # aiohttp by itself would go on without any protocol.
+            return error_response(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
+        codec = CODECS[chosen]
+        session = Session(
+            codec,
+            self._config.limits,
+            session_id=secrets.token_urlsafe(16),
+            epoch=self._streams.info.epoch,
+            server=f"streamkv/{__version__}",
+            models=(self._streams.info.model,),
+            max_model_len=self._streams.info.max_model_len,
+        )
+        name = f"c{next(self._names)}"
+        connection = Connection(name, socket, request, codec, session, self._streams, self._config, self._moved)
+        self.connections.add(connection)  # before the first await: it counts, and a drain must not miss it
+        try:
+            await socket.prepare(request)
+            log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
+            await connection.run()
+        finally:
+            self.connections.discard(connection)
+            self._moved()
+        return socket
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        """Everything that must be answered before the upgrade."""
+        if self._draining:
+            return error_response(503, "the server is shutting down; connect to another one", code="draining")
+        if len(self.connections) >= self._config.max_connections:
+            return error_response(503, "too many connections; try again later", code="overloaded")
+        if request.headers.get("Upgrade", "").lower() != "websocket":
+            return error_response(426, "this is a WebSocket endpoint; see docs/protocol.md", headers={"Upgrade": "websocket"})
+        return None
+
+    # -- shutdown -------------------------------------------------------------------------------------------------
+
+    def drain(self, deadline_s: float, reason: str) -> None:
+        """Announce it to every connection."""
+        self._draining = True
+        for connection in tuple(self.connections):
+            connection.drain(deadline_s, reason)
+
+    @property
+    def idle(self) -> bool:
+        """True if no connection has a stream or anything to send."""
+        return all(connection.idle for connection in self.connections)
+
+    def close(self, reason: str) -> None:
+        """Start the closing handshake of every connection."""
+        for connection in tuple(self.connections):
+            connection.close(1001, f"going_away: {reason}")
+
+    @property
+    def closed(self) -> bool:
+        """True once every connection has ended."""
+        return not self.connections
