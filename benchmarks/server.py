@@ -97,9 +97,9 @@ def _setting(arguments: argparse.Namespace, flush_s: float) -> Setting:
 
 
 def _latency(setting: Setting) -> tuple[str, ...]:
-    with _child(_server, setting) as (server, to_server):
+    with child(_server, setting) as (server, to_server):
         port: int = to_server.recv()
-        with _child(_client, setting, port) as (client, to_client):
+        with child(_client, setting, port) as (client, to_client):
             assert to_client.recv() == "running"
             time.sleep(WARM_UP_S)  # the figure is a rate over a time, not a state that could be waited for
             shares = _cpu_shares((server, client), setting.seconds)
@@ -129,12 +129,12 @@ def _cpu_shares(processes: tuple[psutil.Process, ...], seconds: float) -> list[f
 
 
 def _idle(count: int, setting: Setting) -> tuple[str, ...]:
-    with _child(_server, setting) as (server, to_server):
+    with child(_server, setting) as (server, to_server):
         port: int = to_server.recv()
         sizes = []
         # The first client makes the server import and allocate what it needs only once.
         for connections in (min(count, 20), count):
-            with _child(_idle_client, setting, port, connections) as (_, to_client):
+            with child(_idle_client, setting, port, connections) as (_, to_client):
                 before = server.memory_info().rss
                 to_client.send("connect")
                 assert to_client.recv() == "connected"
@@ -147,7 +147,7 @@ def _idle(count: int, setting: Setting) -> tuple[str, ...]:
 
 
 @contextmanager
-def _child(target: Any, *arguments: Any) -> Iterator[tuple[psutil.Process, Connection]]:
+def child(target: Any, *arguments: Any) -> Iterator[tuple[psutil.Process, Connection]]:
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=target, args=(theirs, *arguments))
     process.start()

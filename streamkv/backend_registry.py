@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import EntryPoint, entry_points
-from operator import attrgetter
+from importlib.metadata import EntryPoint
 from typing import Any, Final
 
 import torch
 
 from streamkv.attention import AttentionBackend, KVSpec, Limits
+from streamkv.entry_points import EntryPointGroup
 from streamkv.errors import BackendError
 
-__all__ = ["GROUP", "available", "check_spec", "load_backend"]
+__all__ = ["available", "check_spec", "load_backend"]
 
-GROUP: Final = "streamkv.backends"
+_BACKENDS: Final = EntryPointGroup("streamkv.backends", "backend", BackendError)
 _MEMBERS: Final = ("name", "limits", "ops", "allocate_kv", "prepare", "attend")
 
 
@@ -24,14 +23,7 @@ def available() -> dict[str, EntryPoint]:
     Raises:
         BackendError: two packages declare different backends under one name.
     """
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        other = found.setdefault(entry.name, entry)
-        if other.value != entry.value:
-            raise BackendError(
-                f"backend {entry.name!r} is declared twice, as {other.value} and as {entry.value}; uninstall one of the packages"
-            )
-    return found
+    return _BACKENDS.available()
 
 
 def load_backend(name: str, device: str = "auto") -> tuple[AttentionBackend, str]:
@@ -49,16 +41,10 @@ def load_backend(name: str, device: str = "auto") -> tuple[AttentionBackend, str
     """
     if name == "auto":
         return _automatic(device)
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        return _construct(name, _import(name, module, attribute), device), f"asked for by import string {name}"
-    known = available()
-    if name not in known:
-        names = ", ".join(["auto", *sorted(known)])
-        hint = "; the CUDA backend is not part of this build" if name == "cuda" else ""
-        raise BackendError(f"backend {name!r} is unknown{hint}; use one of {names}, or package.module:Class")
-    entry = known[name]
-    return _construct(name, _import(name, entry.module, entry.attr), device), f"asked for by name {name!r}"
+    hint = "; the CUDA backend is not part of this build" if name == "cuda" else ""
+    factory = _BACKENDS.load(name, also=("auto",), hint=hint)
+    reason = f"asked for by import string {name}" if ":" in name else f"asked for by name {name!r}"
+    return _construct(name, factory, device), reason
 
 
 def _automatic(device: str) -> tuple[AttentionBackend, str]:
@@ -76,26 +62,6 @@ def _automatic(device: str) -> tuple[AttentionBackend, str]:
     else:
         reason = "auto: no cuda backend is installed"
     return load_backend("torch", device)[0], reason
-
-
-def _import(name: str, module: str, attribute: str) -> Any:
-    if not all(part.isidentifier() for part in (*module.split("."), *(attribute or "").split("."))):
-        raise BackendError(f"backend {name!r} names no class; the form is package.module:Class")
-    try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if module == missing or module.startswith(f"{missing}."):
-            raise BackendError(f"backend {name!r}: there is no module {missing}; install the package that has it") from error
-        raise BackendError(f"backend {name!r}: {module} needs the module {missing}, which is not installed") from error
-    except ImportError as error:
-        raise BackendError(f"backend {name!r}: an import inside {module} failed: {error}") from error
-    except Exception as error:
-        raise BackendError(f"backend {name!r}: {module} cannot be imported: {error!r}") from error
-    try:
-        return attrgetter(attribute)(imported)
-    except AttributeError as error:
-        raise BackendError(f"backend {name!r}: {module} has no {attribute}") from error
 
 
 def _construct(name: str, factory: Any, device: str) -> AttentionBackend:

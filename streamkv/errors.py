@@ -20,7 +20,9 @@ __all__ = [
     "ModelNotFoundError",
     "NumericalError",
     "OverloadedError",
+    "RateLimitedError",
     "StreamKVError",
+    "UnauthorizedError",
 ]
 
 
@@ -32,15 +34,17 @@ class StreamKVError(Exception):
         retryable: True if the same request may succeed later.
         message: one sentence for the user.
         param: the request field at fault (a path such as `body.top_p`), if one is.
+        retry_after_s: seconds after which the same request may succeed, if that can be told.
     """
 
     code: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequestError(StreamKVError, ValueError):
@@ -68,10 +72,23 @@ class ModelNotFoundError(InvalidRequestError):
 
 
 class OverloadedError(StreamKVError):
-    """The waiting queue is full; try again later."""
+    """The server has more work than it can begin in time; try again later."""
 
     code = "overloaded"
     retryable = True
+
+
+class RateLimitedError(StreamKVError):
+    """The tenant has used up its quota for now; the server itself may well be idle."""
+
+    code = "rate_limited"
+    retryable = True
+
+
+class UnauthorizedError(StreamKVError):
+    """No valid API key, ticket or token came with the request."""
+
+    code = "unauthorized"
 
 
 class DrainingError(StreamKVError):

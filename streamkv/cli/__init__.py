@@ -1,4 +1,4 @@
-"""The command line: `streamkv serve | chat | generate | bench`. Each command is imported only when it is asked for."""
+"""The command line: `streamkv serve | chat | generate | keys | top | bench`. Each is imported only when asked for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("streamkv.cli.serve", "serve a model over WebSocket"),
     "chat": ("streamkv.cli.chat", "talk to a running server"),
     "generate": ("streamkv.cli.generate", "complete a file of prompts offline"),
+    "keys": ("streamkv.cli.keys", "make API keys"),
+    "top": ("streamkv.cli.top", "watch a running server: requests, speed, KV blocks"),
     "bench": ("streamkv.cli.bench", "measure a running server"),
 }
 """Name -> (module with `add_arguments(parser)` and `run(arguments) -> int`, one line of help)."""

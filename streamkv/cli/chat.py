@@ -17,7 +17,11 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--url", default="ws://127.0.0.1:8000/v1/stream", help="(%(default)s)")
+    parser.add_argument(
+        "--url",
+        default="ws://127.0.0.1:8000/v1/stream",
+        help="(%(default)s); its API key, if any, is taken from STREAMKV_API_KEY",
+    )
     parser.add_argument("--once", metavar="TEXT", help="say this, print the answer, leave")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--temperature", type=float, default=0.5, help="0 = always the most probable token (%(default)s)")
@@ -38,7 +42,7 @@ async def _chat(arguments: argparse.Namespace) -> int:
     for name in ("max_tokens", "seed"):
         if getattr(arguments, name) is not None:
             sampling[name] = getattr(arguments, name)
-    async with connect(arguments.url) as client:
+    async with connect(arguments.url, api_key=os.environ.get("STREAMKV_API_KEY") or None) as client:
         if arguments.once is not None:
             history.append({"role": "user", "content": arguments.once})
             return 0 if await _answer(client, history, sampling) else 1

@@ -16,8 +16,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = EngineConfig()
     group = parser.add_argument_group("model and engine")
     group.add_argument(
-        "model", nargs="?", metavar="MODEL", help="folder in Hugging Face's layout (default: the model in the box)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="folder in Hugging Face's layout, or an id of the hub such as org/name (default: the model in the box)",
     )
+    group.add_argument("--revision", help="branch, tag or commit of a model of the hub (default: its default branch)")
     group.add_argument("--served-model-name", help="what clients call the model")
     group.add_argument("--backend", default=defaults.backend, help="auto, torch, cuda, an entry point, or package.module:Class")
     group.add_argument("--device", default=defaults.device, help="torch device (default: what the backend wants)")
@@ -44,6 +48,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false", help="share no blocks")
     group.add_argument("--scheduling-policy", default=defaults.scheduling_policy, choices=["fcfs", "priority"])
     group.add_argument("--seed", type=int, default=defaults.seed, help="of the random weights of --load-format dummy")
+    group.add_argument(
+        "--logits-processor",
+        dest="logits_processors",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="one that requests may ask for, an entry point or package.module:Class; may be repeated",
+    )
     group.add_argument("--no-look-ahead", dest="look_ahead", action="store_false", help="do not plan while a step runs")
     group.add_argument(
         "--poison", action="store_true", help="debug: fill new KV blocks with NaN and prove invariants after each step"
@@ -56,7 +68,8 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
     Raises:
         ConfigError: a value is out of its bounds.
     """
-    return EngineConfig(**{field.name: getattr(arguments, field.name) for field in fields(EngineConfig)})
+    given = {field.name: getattr(arguments, field.name) for field in fields(EngineConfig)}
+    return EngineConfig(**given | {"logits_processors": tuple(given["logits_processors"])})
 
 
 def _size(text: str) -> int:

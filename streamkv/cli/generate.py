@@ -292,4 +292,4 @@ def _sample(sample: CompletionOutput) -> dict[str, Any]:
 
 
 def _logprobs(entries: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
-    return [entry and {"chosen": entry.chosen, "rank": entry.rank, "top": entry.top} for entry in entries]
+    return [None if entry is None else {"chosen": entry.chosen, "rank": entry.rank, "top": entry.top} for entry in entries]

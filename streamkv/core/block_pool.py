@@ -14,7 +14,7 @@ a collision or a recycled parent can never give the wrong KV: the digest only fi
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = ["Block", "BlockPool", "Parent"]
 
@@ -32,9 +32,11 @@ class Block:
         packed: the block's token ids, 4 bytes each, while published.
         parent: serial of the parent publication (or root) while published.
         serial: serial of this publication; -1 while not published.
+        salt: whose publication it is, while published.
+        idle_since: `BlockPool.now` when its last owner left it.
     """
 
-    __slots__ = ("count", "digest", "id", "packed", "parent", "serial")
+    __slots__ = ("count", "digest", "id", "idle_since", "packed", "parent", "salt", "serial")
 
     def __init__(self, block_id: int) -> None:
         self.id = block_id
@@ -43,6 +45,8 @@ class Block:
         self.packed = b""
         self.parent: Parent = b""
         self.serial = -1
+        self.salt = ""
+        self.idle_since = 0.0
 
     def __repr__(self) -> str:
         return f"Block({self.id} count={self.count} serial={self.serial})"
@@ -62,6 +66,8 @@ class BlockPool:
         self._children: dict[tuple[Parent, bytes], dict[int, Block]] = {}
         self._live: dict[int, Block] = {}  # serial -> its block
         self._next_serial = 0
+        self._evicted: OrderedDict[bytes, None] = OrderedDict()  # digests; as many as blocks, latest last
+        self.now = 0.0  # set by the owner of the pool, which has the clock: only for `idle_since`
         self.num_evictions = 0
 
     # -- counts ---------------------------------------------------------------------------------------------------
@@ -109,6 +115,7 @@ class BlockPool:
             if not self._cached:
                 raise IndexError("no block available")
             _, block = self._cached.popitem(last=False)
+            self._remember(block)
             self._unpublish(block)
             self.num_evictions += 1
         block.count = 1
@@ -132,6 +139,7 @@ class BlockPool:
             assert block.count > 0, f"block {block_id} released without an owner"
             block.count -= 1
             if block.count == 0:
+                block.idle_since = self.now
                 if block.serial >= 0:
                     self._cached[block_id] = block
                 else:
@@ -139,8 +147,8 @@ class BlockPool:
 
     # -- index ----------------------------------------------------------------------------------------------------
 
-    def publish(self, block_id: int, digest: bytes, packed: bytes, parent: Parent) -> Parent | None:
-        """Make a full, committed block findable.
+    def publish(self, block_id: int, digest: bytes, packed: bytes, parent: Parent, salt: str = "") -> Parent | None:
+        """Make a full, committed block findable. `salt` only tells whose it is; that others do not find it is the digest's work.
 
         Returns:
             The parent for the block's successor: the serial of this publication, or of an older one with the same tokens
@@ -157,7 +165,7 @@ class BlockPool:
         block = self._blocks[block_id]
         assert block.serial < 0, f"block {block_id} published twice"
         assert block.count > 0, f"block {block_id} published without an owner"
-        block.digest, block.packed, block.parent = digest, packed, parent
+        block.digest, block.packed, block.parent, block.salt = digest, packed, parent, salt
         block.serial = self._next_serial
         self._next_serial += 1
         self._index[digest] = block
@@ -200,6 +208,17 @@ class BlockPool:
         """Serial of a block's publication; -1 if it is not published."""
         return self._blocks[block_id].serial
 
+    def was_evicted(self, digest: bytes) -> bool:
+        """True if a block with this digest was lost to others not long ago (among the last `num_blocks` evictions)."""
+        return digest in self._evicted
+
+    def _remember(self, block: Block) -> None:
+        assert block.digest is not None
+        self._evicted[block.digest] = None
+        self._evicted.move_to_end(block.digest)
+        if len(self._evicted) > len(self._blocks):
+            self._evicted.popitem(last=False)
+
     def withdraw(self, block_id: int) -> None:
         """Forget the publication of a used block, whose content is not to be trusted any more."""
         block = self._blocks[block_id]
@@ -234,7 +253,13 @@ class BlockPool:
         del siblings[block.id]
         if not siblings:
             del self._children[key]
-        block.digest, block.packed, block.parent, block.serial = None, b"", b"", -1
+        block.digest, block.packed, block.parent, block.serial, block.salt = None, b"", b"", -1, ""
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> Sequence[Block]:
+        """All blocks by id, to be read only."""
+        return self._blocks
 
     # -- self-check -----------------------------------------------------------------------------------------------
 

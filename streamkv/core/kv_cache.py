@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from hashlib import sha256
 from typing import NamedTuple
 
 from streamkv.core.block_pool import BlockPool, Parent
 from streamkv.core.request import Request
+from streamkv.core.step import Miss
 
 __all__ = ["Hit", "KVCache"]
 
@@ -164,6 +165,27 @@ class KVCache:
             return None
         return self.pool.serial(chain[-1]) if chain else request.root
 
+    def miss(self, request: Request) -> Miss | None:
+        """Why a request that was just admitted has to compute from token `request.computed` on; None if only its last is left.
+
+        "differs": a cached block, or the request it is forked from, goes on with another token there.
+        "evicted": what follows had been cached and was lost to others.
+        "not_cached": nothing that is cached goes on like this; 0 = nothing begins like it.
+        "off": the request does not read the cache.
+
+        Only of the request's own salt: what others have cached is not told.
+        """
+        start = request.computed
+        if request.root is None:
+            return "off"
+        if start >= request.num_prompt - 1:
+            return None
+        if start % self.block_size:
+            return "differs"
+        index = start // self.block_size
+        lost = index < len(request.keys) and self.pool.was_evicted(request.keys[index][0])
+        return "evicted" if lost else "not_cached"
+
     # -- growth ---------------------------------------------------------------------------------------------------
 
     def missing(self, request: Request, end: int) -> int:
@@ -212,7 +234,7 @@ class KVCache:
         for index, (digest, packed) in enumerate(done, request.published):
             if request.parent is None:
                 break
-            request.parent = self.pool.publish(request.blocks[index], digest, packed, request.parent)
+            request.parent = self.pool.publish(request.blocks[index], digest, packed, request.parent, request.salt)
         request.published = full
         return [digest for digest, _ in done]
 
@@ -254,6 +276,16 @@ class KVCache:
         count = self.pool.count
         shared = sum(1 for block_id in request.blocks if count(block_id) > 1)
         return max(0, request.planned - shared * self.block_size)
+
+    # -- looking --------------------------------------------------------------------------------------------------
+
+    def holders(self) -> Collection[Request]:
+        """Requests that hold blocks, to be read only."""
+        return self._holders.values()
+
+    def fenced_ids(self) -> list[int]:
+        """Blocks of requests that have left, which a step in flight may still write."""
+        return [block_id for _, ids, _ in self._fences for block_id in ids]
 
     # -- self-check -----------------------------------------------------------------------------------------------
 

@@ -85,12 +85,15 @@ class Request:
         cached: prompt tokens that came from the cache at the first admission; -1 before.
         limit: `len(tokens)` at which the request ends by length; who only computes its prompt samples one token, dropped.
         num_preemptions: how often it lost its blocks.
+        chunks: steps that its prompt took.
+        salt: of its prefix cache; tells whose blocks these are.
     """
 
     __slots__ = (
         "arrival",
         "blocks",
         "cached",
+        "chunks",
         "computed",
         "credit",
         "entered",
@@ -108,6 +111,7 @@ class Request:
         "published",
         "root",
         "row",
+        "salt",
         "shared",
         "state",
         "stop",
@@ -124,6 +128,7 @@ class Request:
         priority: int = 0,
         credit: int | None = None,
         root: bytes | None = None,
+        salt: str = "",
         leader: Request | None = None,
         shared: int = 0,
     ) -> None:
@@ -136,6 +141,7 @@ class Request:
         self.arrival = arrival
         self.credit = credit
         self.root = root
+        self.salt = salt
         self.leader = leader
         self.shared = shared
         self.state = State.WAITING
@@ -151,6 +157,7 @@ class Request:
         self.parent: int | bytes | None = root
         self.cached = -1
         self.num_preemptions = 0
+        self.chunks = 0
 
     def move(self, state: State) -> None:
         """Go to `state`.

@@ -136,6 +136,7 @@ class Scheduler:
                 priority=priority if self.config.policy == "priority" else 0,
                 credit=credit,
                 root=root,
+                salt=salt,
                 leader=leader if shared else None,
                 shared=shared,
             )
@@ -215,6 +216,7 @@ class Scheduler:
         """
         assert len(self._flight) < MAX_IN_FLIGHT, "commit the oldest step first"
         step = Step(self._next_step, now)
+        self.cache.pool.now = now
         members: list[Request] = []
         chunks: list[Request] = []
         crowded = self._make_room() if only is None else False
@@ -288,6 +290,7 @@ class Scheduler:
         request.planned = start + count
         request.pending += whole
         request.last_step = step.id
+        request.chunks += length == request.num_prompt
 
     def _grow(self, step: Step, request: Request, end: int) -> None:
         first, ids, copies = self.cache.grow(request, end)
@@ -470,12 +473,13 @@ class Scheduler:
         self._running[request.id] = request
         self._num_waiting -= 1
         first_time = request.cached < 0
+        miss = self.cache.miss(request) if first_time else None
         self._waiting_tokens -= request.num_prompt if first_time else len(request.tokens)
         if first_time:
             request.cached = request.computed
             self._prompt_tokens += request.num_prompt
             self._cached_tokens += request.cached
-        self._events.append(Event(request.id, state="prefill", cached=request.cached))
+        self._events.append(Event(request.id, state="prefill", cached=request.cached, miss=miss))
         step.admitted.append((request.row, request.id))
         if request.blocks:
             step.tables.append((request.row, 0, tuple(request.blocks)))
@@ -521,7 +525,7 @@ class Scheduler:
         request.pending -= 1
         if stop.max_tokens == 0:
             self._finish(request)
-            return Event(request.id, extra=extra, finish_reason="length")
+            return Event(request.id, extra=extra, finish_reason="length", chunks=request.chunks)
         stop_ids, armed = stop.stop_token_ids, request.num_prompt + stop.min_tokens
         for position, token in enumerate(new, 1):
             tokens.append(token)
@@ -538,7 +542,10 @@ class Scheduler:
             self._waiting_tokens += len(new)
         if reason is not None:
             self._finish(request)
-        return Event(request.id, new, "decode" if first else None, extra, None, reason)
+        state: Literal["decode", "stalled"] | None = "decode" if first else None
+        if reason is None and request.credit is not None and request.num_output >= request.credit:
+            state = "stalled"
+        return Event(request.id, new, state, extra, None, reason, chunks=request.chunks if first else 0)
 
     def _fail_numerically(self, request: Request) -> Event:
         """End a request whose logits are NaN or Inf: nothing more of it is published."""

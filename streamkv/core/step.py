@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
-__all__ = ["PENDING", "Event", "Sampled", "Step"]
+__all__ = ["PENDING", "Event", "Miss", "Sampled", "Step"]
+
+Miss = Literal["differs", "not_cached", "evicted", "off"]
 
 PENDING: Final = -1
 """An input token that is not known yet: "what this row's last step sampled".
@@ -68,13 +70,16 @@ class Sampled:
 class Event(NamedTuple):
     """What happened to one request. The event with a `finish_reason` is its last, and there is exactly one.
 
-    `extra` is what `Sampled.extras` held for it.
+    `extra` is what `Sampled.extras` held for it. `miss` comes with the first state "prefill": why the prefix cache did not have
+    more of the prompt (`KVCache.miss`). `chunks` comes with the first token: in how many steps the prompt was computed.
     """
 
     id: str
     tokens: tuple[int, ...] = ()
-    state: Literal["prefill", "decode", "preempted"] | None = None
+    state: Literal["prefill", "decode", "stalled", "preempted"] | None = None
     extra: Any = None
     cached: int | None = None
     finish_reason: str | None = None
     error: tuple[str, str] | None = None
+    miss: Miss | None = None
+    chunks: int = 0

@@ -7,7 +7,7 @@ step produced travels as one `StepBatch`, never as one message per token per req
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 
@@ -15,11 +15,16 @@ from streamkv.errors import InvalidRequestError
 from streamkv.sampling_params import Pooling, PromptLogprobs, Sampling, TokenLogprobs
 
 __all__ = [
+    "KV_STATES",
+    "STEP_TOKEN_BOUNDS",
     "EngineClient",
     "EngineInfo",
     "EngineRequest",
     "EngineStats",
     "FinishReason",
+    "KVMap",
+    "KVOwner",
+    "Miss",
     "Pooling",
     "PromptLogprobs",
     "Sampling",
@@ -31,6 +36,14 @@ __all__ = [
 ]
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+Miss = Literal["differs", "not_cached", "evicted", "off"]
+"""Why a prompt was not in the prefix cache from some token on: a cached one has another token there, nothing cached goes on like
+it, what did was evicted, the request does not read the cache."""
+
+STEP_TOKEN_BOUNDS: Final = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+KV_STATES: Final = ("free", "cached", "used", "fenced")
 
 
 class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -67,7 +80,8 @@ class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 
     Attributes:
         id: the request.
-        state: set when it changed: "prefill" (admitted), "decode" (first token), "preempted".
+        state: set when it changed: "prefill" (admitted), "decode" (first token), "stalled" (no credit for a further token; it
+            goes on without a word once there is some), "preempted".
         token_ids: new output tokens, in order.
         logprobs: one per new token, if asked for.
         prompt_logprobs: of further prompt tokens, if asked for: in order, each position once, before any output token.
@@ -75,17 +89,21 @@ class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
         cached: prompt tokens that came from the prefix cache, set together with state "prefill".
         finish_reason: set on the last output.
         error: (code, sentence), if the reason is "error".
+        miss: with the first state "prefill": why the prefix cache had no more than `cached` tokens; None = it had all it could.
+        chunks: with the first token, or the only output of a request that generates nothing: steps that computed the prompt.
     """
 
     id: str
     token_ids: tuple[int, ...] = ()
-    state: Literal["prefill", "decode", "preempted"] | None = None
+    state: Literal["prefill", "decode", "stalled", "preempted"] | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     cached: int | None = None
     finish_reason: FinishReason | None = None
     error: tuple[str, str] | None = None
     prompt_logprobs: PromptLogprobs | None = None
     embedding: bytes | None = None
+    miss: Miss | None = None
+    chunks: int = 0
 
 
 class StepBatch(msgspec.Struct, frozen=True):
@@ -122,7 +140,13 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True):
-    """One consistent look at the engine. free + cached + used = num_blocks."""
+    """One consistent look at the engine. free + cached + used = num_blocks.
+
+    Attributes:
+        evictions: cached blocks that were lost to others.
+        step_tokens: steps by number of tokens computed: up to `STEP_TOKEN_BOUNDS[i]`, and one entry more for larger ones.
+        computed_tokens: by all steps, of prompts and outputs; more than were asked for where preempted ones are computed again.
+    """
 
     waiting: int
     running: int
@@ -135,6 +159,47 @@ class EngineStats(msgspec.Struct, frozen=True):
     output_tokens: int
     preemptions: int
     last_step_at: float
+    evictions: int = 0
+    step_tokens: tuple[int, ...] = ()
+    computed_tokens: int = 0
+
+
+class KVOwner(msgspec.Struct, frozen=True):
+    """A request that holds blocks: its id, the salt it came with, its tokens so far, and whether it waits for credit."""
+
+    id: str
+    salt: str
+    prompt: int
+    output: int
+    parked: bool = False
+
+
+class KVMap(msgspec.Struct, frozen=True):
+    """Every block of the pool between two steps. Never token ids, never hashes.
+
+    The columns have one little-endian number a block, in the order of block ids.
+
+    Attributes:
+        at: when, on the engine's clock.
+        states: uint8, index into `KV_STATES`. A fenced block belongs to nobody any more, but a step in flight may still write it.
+        owners: int32; >= 0 = index into `requests`; < -1 = cached, and `salts[-2 - n]` is whose it is; -1 = nobody's.
+        counts: uint16, requests that share it.
+        filled: uint16, slots that hold a token.
+        idle_since: float64, when its last owner left it, on the engine's clock; NaN unless it is cached.
+        requests: who holds blocks.
+        salts: of cached blocks.
+    """
+
+    at: float
+    step: int
+    block_size: int
+    states: bytes
+    owners: bytes
+    counts: bytes
+    filled: bytes
+    idle_since: bytes
+    requests: tuple[KVOwner, ...] = ()
+    salts: tuple[str, ...] = ()
 
 
 class EngineClient(Protocol):
@@ -167,6 +232,9 @@ class EngineClient(Protocol):
 
     async def stats(self) -> EngineStats:
         """One consistent look at queue, blocks and counters."""
+
+    async def kv_map(self) -> KVMap:
+        """One consistent look at every block. O(blocks): not for every request."""
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, wait up to `timeout` seconds for the rest; True if none was left. The rest is cancelled."""

@@ -21,6 +21,7 @@ from streamkv.engine.engine import InProcessEngine
 from streamkv.engine.thread import RunnerThread
 from streamkv.errors import ConfigError
 from streamkv.runner.loader import LoadedModel, load_model
+from streamkv.runner.logits_processor import LogitsProcessor, ProcessorSetup, load_processors
 from streamkv.runner.memory import num_blocks_for
 from streamkv.runner.model_runner import ModelRunner
 from streamkv.runner.prompt_reader import HiddenTap
@@ -38,7 +39,7 @@ class _Parts:
     max_model_len: int
     backend: str
     embedding_dim: int
-    logits_processors: tuple[str, ...]
+    processors: dict[str, LogitsProcessor]
 
 
 @asynccontextmanager
@@ -85,10 +86,17 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
         dtype=str(parts.model.dtype).removeprefix("torch."),
         epoch=secrets.token_hex(8),
         embedding_dim=parts.embedding_dim,
-        logits_processors=parts.logits_processors,
+        logits_processors=tuple(parts.processors),
     )
     engine = InProcessEngine(
-        scheduler, parts.runner, thread, info, look_ahead=config.look_ahead, clock=clock, check=config.poison
+        scheduler,
+        parts.runner,
+        thread,
+        info,
+        look_ahead=config.look_ahead,
+        clock=clock,
+        check=config.poison,
+        check_arguments={name: processor.check for name, processor in parts.processors.items()},
     )
     engine.start()
     log.info("engine_ready", seconds=round(time.monotonic() - started, 2), num_blocks=info.num_blocks, dtype=info.dtype)
@@ -132,6 +140,8 @@ def _load(config: EngineConfig) -> _Parts:
         max_model_len=max_model_len,
     )
     pool = backend.allocate_kv(KVSpec(num_blocks, config.block_size, model.dtype, model.layers))
+    setup = ProcessorSetup(config.max_num_seqs, model.vocab_size, model.device, config.model_path)
+    processors = load_processors(config.logits_processors, setup)
     tap = HiddenTap(model.module)
     if not tap.width:
         log.info("no_embeddings", reason="the model's hidden states do not come by before its vocabulary projection")
@@ -141,7 +151,8 @@ def _load(config: EngineConfig) -> _Parts:
         pool,
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
+        processors=processors,
         tap=tap if tap.width else None,
         poison=config.poison,
     )
-    return _Parts(model, runner, num_blocks, max_model_len, backend.name, tap.width, ())
+    return _Parts(model, runner, num_blocks, max_model_len, backend.name, tap.width, processors)

@@ -36,6 +36,7 @@ class EngineConfig:
         enable_prefix_caching: share blocks between requests with equal prefixes.
         scheduling_policy: `fcfs`, or `priority` (lower first).
         seed: of `dummy` weights.
+        logits_processors: names of logits processors that requests may ask for, or `package.module:Class`.
         look_ahead: plan the next step while one runs.
         poison: debug: fill new blocks with NaN.
     """
@@ -59,6 +60,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     seed: int = 0
+    logits_processors: tuple[str, ...] = ()
     look_ahead: bool = True
     poison: bool = False
 

@@ -10,17 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import structlog
 
 from streamkv.core.request import StopRule
 from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Event, Sampled, Step
-from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput, check_wish
+from streamkv.engine.api import (
+    STEP_TOKEN_BOUNDS,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    KVMap,
+    StepBatch,
+    StepOutput,
+    check_wish,
+)
+from streamkv.engine.kv_view import take_kv_map
 from streamkv.engine.thread import RunnerThread
 from streamkv.errors import DrainingError, InvalidRequestError
 from streamkv.runner.params import RowExtra, RowParams
@@ -69,10 +81,12 @@ class InProcessEngine:
         look_ahead: bool = True,
         clock: Callable[[], float] = time.monotonic,
         check: bool = False,
+        check_arguments: Mapping[str, Callable[[Any], None]] | None = None,
     ) -> None:
         """Take over all four; nothing runs before `start`.
 
         Args:
+            check_arguments: by name of a logits processor, what raises `ValueError` for arguments that it cannot take.
             check: debug: prove the scheduler's invariants after every commit.
         """
         self._scheduler = scheduler
@@ -82,6 +96,7 @@ class InProcessEngine:
         self._depth = 2 if look_ahead else 1
         self._clock = clock
         self._check = check
+        self._check_arguments = dict(check_arguments or {})
         self._asked: dict[str, _Asked] = {}
         self._flight: deque[tuple[Step, asyncio.Future[Sampled]]] = deque()
         self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue(_MAX_BATCHES)
@@ -91,6 +106,8 @@ class InProcessEngine:
         self._idle.set()
         self._draining = False
         self._steps = 0
+        self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
+        self._computed_tokens = 0
         self._last_step_at = 0.0
         self._task: asyncio.Task[None] | None = None
 
@@ -104,6 +121,11 @@ class InProcessEngine:
         """Constant facts about model and engine."""
         return self._info
 
+    @property
+    def computing_since(self) -> float | None:
+        """When the step that is being computed was started, on the monotonic clock; None = none is. For any thread to read."""
+        return self._thread.busy_since
+
     async def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises what `EngineClient.submit` says."""
         if self._draining:
@@ -116,6 +138,11 @@ class InProcessEngine:
                 raise InvalidRequestError(f"request id {request_id!r} is in use", param="id")
         sampling = request.sampling
         check_wish(request, self._info)
+        for name, arguments in sampling.processors:
+            try:
+                self._check_arguments[name](arguments)
+            except ValueError as error:
+                raise InvalidRequestError(f"logits processor {name!r}: {error}", param="logits_processors") from error
         self._scheduler.submit(
             request.ids,
             request.prompt,
@@ -164,7 +191,15 @@ class InProcessEngine:
             output_tokens=stats.output_tokens,
             preemptions=stats.preemptions,
             last_step_at=self._last_step_at,
+            evictions=pool.num_evictions,
+            step_tokens=tuple(self._step_tokens),
+            computed_tokens=self._computed_tokens,
         )
+
+    async def kv_map(self) -> KVMap:
+        """One consistent look at every block."""
+        # Nothing here is awaited and the scheduler lives on this loop: it stands between two of its calls.
+        return take_kv_map(self._scheduler.cache, at=self._clock(), step=self._steps)
 
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, wait for the rest, cancel what is left after `timeout` seconds."""
@@ -248,6 +283,8 @@ class InProcessEngine:
     async def _commit(self, step: Step, sampled: Sampled) -> None:
         events = self._scheduler.commit(step, sampled)
         self._steps += 1
+        self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, step.num_tokens)] += 1
+        self._computed_tokens += step.num_tokens
         self._last_step_at = self._clock()
         if self._check:
             self._scheduler.check()
@@ -344,7 +381,9 @@ class InProcessEngine:
         # The core speaks plain strings; its reasons are those of the seam.
         reason = cast("FinishReason | None", event.finish_reason)
         if event.extra is None:
-            return StepOutput(event.id, event.tokens, event.state, None, event.cached, reason, event.error)
+            return StepOutput(
+                event.id, event.tokens, event.state, None, event.cached, reason, event.error, miss=event.miss, chunks=event.chunks
+            )
         extra: RowExtra = event.extra
         if extra.prompt_logprobs is not None:
             self._asked[event.id].reported = extra.prompt_logprobs.start + len(extra.prompt_logprobs.entries)
@@ -359,4 +398,6 @@ class InProcessEngine:
             event.error,
             extra.prompt_logprobs,
             extra.embedding,
+            event.miss,
+            event.chunks,
         )

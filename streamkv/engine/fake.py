@@ -10,11 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from streamkv.engine.api import EngineInfo, EngineRequest, EngineStats, FinishReason, StepBatch, StepOutput, check_wish
+from streamkv.engine.api import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    KVMap,
+    KVOwner,
+    StepBatch,
+    StepOutput,
+    check_wish,
+)
 from streamkv.errors import ContextLengthError, DrainingError, InvalidRequestError, OverloadedError
 from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
 
@@ -54,6 +65,11 @@ class _Live:
     branch: int
     credit: int | None
     num_tokens: int = 0
+
+    @property
+    def parked(self) -> bool:
+        """True if the client accepts no further token now."""
+        return self.credit is not None and self.num_tokens >= self.credit
 
 
 class FakeEngine:
@@ -151,6 +167,26 @@ class FakeEngine:
             last_step_at=0.0,
         )
 
+    async def kv_map(self) -> KVMap:
+        """One full block for each live request, in the order of submission; the rest is free."""
+        size, num_blocks = self._info.block_size, self._info.num_blocks
+        shown = list(self._live.items())[:num_blocks]
+        held, free = len(shown), num_blocks - len(shown)
+        return KVMap(
+            time.monotonic(),
+            self._steps,
+            size,
+            states=b"\2" * held + bytes(free),
+            owners=array("i", [*range(held), *[-1] * free]).tobytes(),
+            counts=array("H", [1] * held + [0] * free).tobytes(),
+            filled=array("H", [size] * held + [0] * free).tobytes(),
+            idle_since=array("d", [float("nan")] * num_blocks).tobytes(),
+            requests=tuple(
+                KVOwner(request_id, live.request.salt, len(live.request.prompt), live.num_tokens, live.parked)
+                for request_id, live in shown
+            ),
+        )
+
     async def drain(self, timeout: float) -> bool:
         """Refuse new requests, wait for the rest, cancel what is left after ``timeout`` seconds."""
         self._draining = True
@@ -197,16 +233,16 @@ class FakeEngine:
     def _step(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
         for request_id, live in list(self._live.items()):
-            if live.credit is not None and live.num_tokens >= live.credit:
+            if live.parked:
                 continue
             first = live.num_tokens == 0
             if first:
-                outputs.append(StepOutput(request_id, state="prefill", cached=0))
+                outputs.append(StepOutput(request_id, state="prefill", cached=0, miss="not_cached"))
             sampling = live.request.sampling
             known = self._of_prompt(live) if first else None
             if sampling.max_tokens == 0:
                 vector = bytes(4 * self._info.embedding_dim) if live.request.pooling is not None else None
-                outputs.append(StepOutput(request_id, finish_reason="length", prompt_logprobs=known, embedding=vector))
+                outputs.append(StepOutput(request_id, (), None, None, None, "length", None, known, vector, chunks=1))
                 del self._live[request_id]
                 continue
             token = self._reply(live.request, live.branch, live.num_tokens)
@@ -216,8 +252,10 @@ class FakeEngine:
                 reason = "stop"
             elif live.num_tokens >= sampling.max_tokens:
                 reason = "length"
-            state: Literal["decode"] | None = "decode" if first else None
-            outputs.append(StepOutput(request_id, (token,), state, finish_reason=reason, prompt_logprobs=known))
+            state: Literal["decode", "stalled"] | None = "decode" if first else None
+            if reason is None and live.parked:
+                state = "stalled"
+            outputs.append(StepOutput(request_id, (token,), state, None, None, reason, None, known, chunks=int(first)))
             if reason is not None:
                 del self._live[request_id]
         self._output_tokens += sum(len(output.token_ids) for output in outputs)

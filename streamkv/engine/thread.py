@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
 __all__ = ["SWITCH_INTERVAL_S", "RunnerThread"]
@@ -25,10 +27,19 @@ class RunnerThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="streamkv-runner")
+        self.busy_since: float | None = None
+        """When the function that runs now was started, on the monotonic clock; None = none does. For any thread to read."""
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Start `function` after everything submitted before; its result as a future of the running loop."""
-        return asyncio.wrap_future(self._executor.submit(function, *args, **kwargs))
+        return asyncio.wrap_future(self._executor.submit(self._run, partial(function, *args, **kwargs)))
+
+    def _run(self, call: Callable[[], T]) -> T:
+        self.busy_since = time.monotonic()
+        try:
+            return call()
+        finally:
+            self.busy_since = None
 
     def close(self) -> None:
         """Wait for the function that runs, drop those that wait."""

@@ -1,17 +1,38 @@
-"""Bodies of `create`: OpenAI's field names, checked before anything is tokenised or copied."""
+"""Bodies of `create` and of HTTP requests, read and checked before anything is tokenised or copied."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import msgspec
 
-from streamkv.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, StreamKVError
+from streamkv.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
+from streamkv.protocol.body_structs import (
+    REFUSED,
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerationBody,
+    Input,
+    ScoreBody,
+)
 from streamkv.protocol.messages import Codec
 from streamkv.sampling_params import MAX_LOGPROBS, POOLINGS, Pooling, SamplingParams
 
-__all__ = ["APIS", "Parsed", "ParsedBody", "ParsedEmbedding", "ParsedScore", "parse_body", "validation_error"]
+__all__ = [
+    "APIS",
+    "Body",
+    "Parsed",
+    "ParsedBody",
+    "ParsedEmbedding",
+    "ParsedScore",
+    "check_body",
+    "decode_body",
+    "parse_body",
+    "validation_error",
+]
 
 _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
 _MAX_MESSAGES: Final = 1024
@@ -19,95 +40,14 @@ _MAX_ERROR_CHARS: Final = 200
 
 T = TypeVar("T")
 
-
-class _TextPart(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
+Body = GenerationBody | EmbeddingBody | ScoreBody
 
 
-class _ChatMessage(msgspec.Struct):
-    role: str
-    content: str | list[_TextPart] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-
-    def plain(self) -> dict[str, Any]:
-        """As a template sees it."""
-        content = self.content
-        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
-        rest = {name: getattr(self, name) for name in ("name", "tool_calls", "tool_call_id", "reasoning_content")}
-        return {"role": self.role, "content": text} | {name: value for name, value in rest.items() if value is not None}
-
-
-class _Body(msgspec.Struct):
-    """What all generating APIs share. None = not given, as in OpenAI's API."""
-
-    model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    min_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_token_ids: list[int] | None = None
-    bad_words: str | list[str] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    prompt_logprobs: int | None = None
-    logits_processors: dict[str, Any] | None = None
-    n: int | None = None
-
-
-class _ChatBody(_Body, kw_only=True):
-    messages: list[_ChatMessage]
-    tools: list[dict[str, Any]] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-
-
-class _CompletionBody(_Body, kw_only=True):
-    prompt: str | list[int]
-    echo: bool | None = None
-    logprobs: int | None = None
-
-
-Input = str | list[int]
-
-
-class _EmbeddingBody(msgspec.Struct, kw_only=True):
-    """OpenAI's body and `pooling`; as many inputs as the `create` has ids."""
-
-    model: str | None = None
-    input: str | list[Any]
-    pooling: str | None = None
-
-
-class _ScoreBody(msgspec.Struct, kw_only=True):
-    """Texts and what comes before each of them; as many inputs as the `create` has ids."""
-
-    model: str | None = None
-    input: str | list[Any]
-    prompt: Input | None = None
-    logprobs: int | None = None
-
-
-APIS: Final[dict[str, type[_Body | _EmbeddingBody | _ScoreBody]]] = {
-    "chat": _ChatBody,
-    "completions": _CompletionBody,
-    "embeddings": _EmbeddingBody,
-    "score": _ScoreBody,
+APIS: Final[dict[str, type[GenerationBody | EmbeddingBody | ScoreBody]]] = {
+    "chat": ChatBody,
+    "completions": CompletionBody,
+    "embeddings": EmbeddingBody,
+    "score": ScoreBody,
 }
 
 _PASSED_ON: Final = (
@@ -163,11 +103,13 @@ class ParsedScore(msgspec.Struct, frozen=True):
 Parsed = ParsedBody | ParsedEmbedding | ParsedScore
 
 
-def parse_body(api: str, raw: msgspec.Raw, codec: Codec, *, models: Sequence[str], num_ids: int, max_model_len: int) -> Parsed:
-    """Check a body.
+def parse_body(
+    api: str, raw: msgspec.Raw, codec: Codec, *, models: Sequence[str], num_ids: int | None, max_model_len: int
+) -> Parsed:
+    """Read and check the body of a `create`.
 
     Args:
-        num_ids: how many streams the `create` names; `n`, or the number of inputs, must agree.
+        num_ids: how many streams the `create` names; `n`, or the number of inputs, must agree. None = what the body says.
         max_model_len: most tokens of a request; what can be told without tokenising is told here.
 
     Raises:
@@ -177,41 +119,88 @@ def parse_body(api: str, raw: msgspec.Raw, codec: Codec, *, models: Sequence[str
     if kind is None:
         raise InvalidRequestError(f"api must be one of {', '.join(APIS)}", param="api")
     try:
-        decode = msgspec.json.decode if codec.text else msgspec.msgpack.decode
-        body: _Body | _EmbeddingBody | _ScoreBody = decode(raw, type=kind)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise validation_error(error, "body") from error
-    if body.model is not None and body.model not in models:
-        raise ModelNotFoundError(f"this server serves {', '.join(models)}", param="body.model")
-    try:
-        return _parse(body, num_ids, max_model_len)
-    except StreamKVError as error:
+        body = decode_body(raw, kind, text=codec.text)
+        return check_body(body, models=models, num_ids=num_ids, max_model_len=max_model_len)
+    except InvalidRequestError as error:
         raise type(error)(error.message, param=f"body.{error.param}" if error.param else "body") from error
 
 
-def _parse(body: _Body | _EmbeddingBody | _ScoreBody, num_ids: int, max_model_len: int) -> Parsed:
-    if isinstance(body, _EmbeddingBody):
+def decode_body(raw: bytes | msgspec.Raw, kind: type[T], *, text: bool = True) -> T:
+    """Read JSON (or MessagePack) into a struct.
+
+    Raises:
+        InvalidRequestError: it cannot be read, or a field has the wrong type.
+    """
+    try:
+        return (msgspec.json.decode if text else msgspec.msgpack.decode)(raw, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise validation_error(error) from error
+
+
+def check_body(body: Body, *, models: Sequence[str], num_ids: int | None, max_model_len: int) -> Parsed:
+    """Check the fields of a body that has been read; for the rest see `parse_body`."""
+    if body.model is not None and body.model not in models:
+        raise ModelNotFoundError(f"this server serves {', '.join(models)}", param="model")
+    if isinstance(body, EmbeddingBody):
         wanted = "last" if body.pooling is None else body.pooling
         pooling = next((known for known in POOLINGS if known == wanted), None)
         if pooling is None:
             raise InvalidRequestError(f"pooling must be one of {', '.join(POOLINGS)}", param="pooling")
         return ParsedEmbedding(_inputs(body.input, num_ids), pooling)
-    if isinstance(body, _ScoreBody):
+    if isinstance(body, ScoreBody):
         if body.logprobs is not None and not 0 <= body.logprobs <= MAX_LOGPROBS:
             raise InvalidRequestError(f"logprobs must be an integer from 0 to {MAX_LOGPROBS}", param="logprobs")
         return ParsedScore(_inputs(body.input, num_ids), body.prompt, body.logprobs)
-    if body.n is not None and body.n != num_ids:
+    if body.n is not None and num_ids is not None and body.n != num_ids:
         raise InvalidRequestError(f"n must be absent or equal the number of ids ({num_ids})", param="n")
-    if isinstance(body, _ChatBody):
-        params = _params(body, _chat_logprobs(body), num_ids, max_model_len)
-        return ParsedBody(_messages(body), params, is_chat=True, tools=body.tools or None)
-    assert isinstance(body, _CompletionBody)
-    if not body.prompt:
+    samples = num_ids if num_ids is not None else 1 if body.n is None else body.n
+    _check_refused(body)
+    if isinstance(body, ChatBody):
+        params = _params(body, _chat_logprobs(body), samples, max_model_len)
+        return ParsedBody(_messages(body), params, is_chat=True, tools=_tools(body))
+    assert isinstance(body, CompletionBody)
+    prompt = _prompt(body.prompt)
+    return ParsedBody(prompt, _params(body, body.logprobs, samples, max_model_len, echo=bool(body.echo)), is_chat=False)
+
+
+def _check_refused(body: GenerationBody) -> None:
+    """A field that would change the answer, and does not here, is refused; one that says what is done anyway is not."""
+    for name, harmless in next(fields for kind, fields in REFUSED.items() if isinstance(body, kind)).items():
+        value = getattr(body, name)
+        if value is not None and value not in harmless:
+            but = " or ".join(json.dumps(known) for known in harmless)
+            raise InvalidRequestError(f"{name} is not served; leave it out" + (f", or send {but}" if but else ""), param=name)
+
+
+def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
+    if not body.tools:
+        return None
+    if body.parallel_tool_calls is False:
+        message = "parallel_tool_calls false is not served: nothing keeps the model from several calls; leave it out"
+        raise InvalidRequestError(message, param="parallel_tool_calls")
+    return None if body.tool_choice == "none" else body.tools
+
+
+def _prompt(given: str | list[int | str | list[int]]) -> Input:
+    """The one prompt of a request."""
+    if not given:
         raise InvalidRequestError("prompt is empty; send at least one token", param="prompt")
-    return ParsedBody(body.prompt, _params(body, body.logprobs, num_ids, max_model_len, echo=bool(body.echo)), is_chat=False)
+    if isinstance(given, str):
+        return given
+    ids = [item for item in given if isinstance(item, int)]
+    if len(ids) == len(given):
+        return ids
+    if len(given) > 1:
+        message = f"prompt is a list of {len(given)}; send one prompt (a text, or token ids) in each request"
+        raise InvalidRequestError(message, param="prompt")
+    (only,) = given
+    assert not isinstance(only, int)
+    if not only:
+        raise InvalidRequestError("prompt is empty; send at least one token", param="prompt")
+    return only
 
 
-def _inputs(given: str | list[Any], num_ids: int) -> tuple[Input, ...]:
+def _inputs(given: str | list[Any], num_ids: int | None) -> tuple[Input, ...]:
     """One text, one list of token ids, or a list of these."""
     several = isinstance(given, list) and not all(isinstance(item, int) for item in given)
     inputs = given if several and isinstance(given, list) else [given]
@@ -220,12 +209,12 @@ def _inputs(given: str | list[Any], num_ids: int) -> tuple[Input, ...]:
         if not (isinstance(item, str) or ids) or not item:
             name = f"input[{index}]" if several else "input"
             raise InvalidRequestError("each input is a text or a list of token ids, and not empty", param=name)
-    if len(inputs) != num_ids:
+    if num_ids is not None and len(inputs) != num_ids:
         raise InvalidRequestError(f"there are {len(inputs)} inputs and {num_ids} ids; give one id per input", param="input")
     return tuple(inputs)
 
 
-def _messages(body: _ChatBody) -> list[dict[str, Any]]:
+def _messages(body: ChatBody) -> list[dict[str, Any]]:
     if not 1 <= len(body.messages) <= _MAX_MESSAGES:
         raise InvalidRequestError(f"messages must hold 1 to {_MAX_MESSAGES} messages", param="messages")
     for index, message in enumerate(body.messages):
@@ -234,7 +223,7 @@ def _messages(body: _ChatBody) -> list[dict[str, Any]]:
     return [message.plain() for message in body.messages]
 
 
-def _chat_logprobs(body: _ChatBody) -> int | None:
+def _chat_logprobs(body: ChatBody) -> int | None:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.top_logprobs is not None and not 0 <= body.top_logprobs <= 20:
@@ -242,7 +231,9 @@ def _chat_logprobs(body: _ChatBody) -> int | None:
     return (body.top_logprobs or 0) if body.logprobs else None
 
 
-def _params(body: _Body, logprobs: int | None, num_ids: int, max_model_len: int, *, echo: bool = False) -> SamplingParams:
+def _params(
+    body: GenerationBody, logprobs: int | None, num_ids: int, max_model_len: int, *, echo: bool = False
+) -> SamplingParams:
     params = _checked_params(body, logprobs, num_ids, echo)
     if params.max_tokens is not None and params.max_tokens >= max_model_len:
         raise ContextLengthError(
@@ -252,7 +243,7 @@ def _params(body: _Body, logprobs: int | None, num_ids: int, max_model_len: int,
     return params
 
 
-def _checked_params(body: _Body, logprobs: int | None, num_ids: int, echo: bool) -> SamplingParams:
+def _checked_params(body: GenerationBody, logprobs: int | None, num_ids: int, echo: bool) -> SamplingParams:
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise InvalidRequestError("give max_tokens or max_completion_tokens, not both", param="max_completion_tokens")
     given = {name: getattr(body, name) for name in _PASSED_ON}

@@ -32,6 +32,7 @@ __all__ = [
     "Pong",
     "Prompt",
     "Resume",
+    "Resumed",
     "Score",
     "ServerMessage",
     "Status",
@@ -90,21 +91,25 @@ class Cancel(_Message, tag="cancel", frozen=True):
 
 
 class Resume(_Message, tag="resume", frozen=True):
-    """Go on after a lost connection."""
+    """Go on with a stream after a lost connection: send again what follows the `from` tokens that the client has."""
 
     id: StreamId
+    from_: int = msgspec.field(name="from")
     epoch: str | None = None
-    from_: int = msgspec.field(name="from", default=0)
     max: int | None = None
 
 
 class Fork(_Message, tag="fork", frozen=True):
-    """A new stream that shares another one's blocks."""
+    """New streams that go their own way from token `at` of another one, whose blocks they share. `body` overrides its body."""
 
     from_: StreamId = msgspec.field(name="from")
     id: StreamId | None = None
     ids: list[StreamId] | None = None
     at: int | None = None
+    body: msgspec.Raw = msgspec.Raw()
+    max: int | None = None
+    on_disconnect: Literal["grace", "cancel"] = "grace"
+    priority: int = 0
 
 
 class Ping(_Message, tag="ping", frozen=True):
@@ -125,14 +130,14 @@ ClientMessage = Hello | Create | Credit | Cancel | Resume | Fork | Ping | Bye
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What a connection may do."""
+    """What a session may do. `window`: advised credit; `ring`: tokens of a stream that can be sent again."""
 
     streams: int
     queue: int
+    window: int
     frame: int
     hello_s: float
-    window: int | None = None
-    ring: int = 0
+    ring: int
 
 
 class Welcome(_Message, tag="welcome", frozen=True):
@@ -144,7 +149,8 @@ class Welcome(_Message, tag="welcome", frozen=True):
     models: list[str]
     limits: Limits
     heartbeat_s: float
-    resume_s: float = 0.0
+    grace_s: float
+    resume_s: float
     resumed: bool = False
 
 
@@ -160,8 +166,16 @@ class Status(_Message, tag="status", frozen=True):
     """A change of state, or a sign of life while no delta flows."""
 
     id: StreamId
-    state: Literal["queued", "prefill", "decode", "preempted"]
+    state: Literal["queued", "prefill", "decode", "stalled", "preempted"]
     cached: int | None = None
+
+
+class Resumed(_Message, tag="resumed", frozen=True):
+    """The stream goes on here: what follows token `from` comes again, then what is new."""
+
+    id: StreamId
+    from_: int = msgspec.field(name="from")
+    state: Literal["queued", "prefill", "decode", "stalled", "preempted", "cancelling", "done"]
 
 
 class Prompt(_Message, tag="prompt", frozen=True):
@@ -245,7 +259,7 @@ class Drain(_Message, tag="drain", frozen=True):
     reason: str
 
 
-ServerMessage = Welcome | Accepted | Status | Prompt | Delta | Done | Error | Pong | Drain
+ServerMessage = Welcome | Accepted | Status | Resumed | Prompt | Delta | Done | Error | Pong | Drain
 
 
 class Codec(msgspec.Struct, frozen=True):

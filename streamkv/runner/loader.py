@@ -1,28 +1,41 @@
-"""From a model folder to a module that the runner can drive: safetensors only, no code from the folder."""
+"""From a checked model folder to a module that the runner can drive.
+
+The module, its key renames and merges (experts into one tensor, say) are transformers' own; the tensors are ours: transformers
+gets a state dict of lazy ones and opens no file but config.json. Peak resident memory is that of the weights as they are
+computed with, plus one tensor: see `streamkv.runner.weights`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import structlog
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from streamkv.attention import LayerSpec
 from streamkv.errors import ModelLoadError
-from streamkv.runner.architecture import check_architecture, pin_rope, probe_layers
-from streamkv.runner.hook import HOOK_NAME, register
+from streamkv.runner.architecture import attention_implementation, check_architecture, max_positions, pin_rope, probe_layers
+from streamkv.runner.folder import ModelFolder, check_folder
+from streamkv.runner.hook import register
 from streamkv.runner.packed_linear import pack_linears
+from streamkv.runner.weights import MappedWeights
 
 __all__ = ["LoadedModel", "load_model"]
 
-_FORBIDDEN_KEYS: Final = ("auto_map", "trust_remote_code", "custom_pipelines", "_attn_implementation")
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NO_THREADS: Final = "HF_DEACTIVATE_ASYNC_LOAD"
+_STORED: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 LoadFormat = Literal["safetensors", "dummy"]
 
@@ -40,6 +53,8 @@ class LoadedModel:
         vocab_size: width of the logits.
         eos_token_ids: ids that end its output.
         fingerprint: SHA-256 of configuration and weight files' headers; equal KV needs equal fingerprints.
+        mapped_bytes: weights that are used where they lie in their files. The system counts them as page cache, which is free
+            to be given away; whoever shares out its free memory must not.
     """
 
     module: Any
@@ -50,6 +65,7 @@ class LoadedModel:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     fingerprint: str
+    mapped_bytes: int = 0
 
 
 def load_model(
@@ -72,32 +88,50 @@ def load_model(
     Raises:
         ModelLoadError: one sentence what is wrong with the folder.
     """
-    check_folder(path, weights=load_format == "safetensors")
+    began = time.monotonic()
+    folder = check_folder(path, weights=load_format == "safetensors")
+    _quieten_transformers()
     register()
     config = _read_config(path)
     architecture = check_architecture(config)
-    torch_dtype = _resolve_dtype(config, dtype)
+    torch_dtype = _resolve_dtype(config, dtype, folder)
     target = torch.device(device)
-    module = _dummy(config, torch_dtype, seed) if load_format == "dummy" else _from_safetensors(path, config, torch_dtype)
+    weights = MappedWeights(folder.tensors)
+    module = _dummy(config, torch_dtype, seed) if load_format == "dummy" else _from_weights(folder, weights, config, torch_dtype)
     module = module.to(target).eval().requires_grad_(False)
     pin_rope(module, config, max_model_len)
     layers = probe_layers(module, config, target)
+    vocab_size = int(module.get_output_embeddings().weight.shape[0])
+    count = sum(parameter.numel() for parameter in module.parameters())
+    packed = _pack(module, weights) if torch_dtype is torch.bfloat16 else 0  # last: it takes the plain weights away
     model = LoadedModel(
         module=module,
         layers=layers,
         dtype=torch_dtype,
         device=target,
-        max_model_len=int(config.max_position_embeddings),
-        vocab_size=int(module.get_output_embeddings().weight.shape[0]),
-        eos_token_ids=_eos_ids(path, config),
-        fingerprint=_fingerprint(path, torch_dtype, seed if load_format == "dummy" else None),
+        max_model_len=max_positions(config),
+        vocab_size=vocab_size,
+        eos_token_ids=_eos_ids(folder, config),
+        fingerprint=_fingerprint(folder, torch_dtype, seed if load_format == "dummy" else None),
+        mapped_bytes=weights.mapped_bytes,
     )
-    count = sum(parameter.numel() for parameter in module.parameters())
-    packed = pack_linears(module)  # last: it takes the plain weights away
     log.info(
-        "model_loaded", architecture=architecture, parameters=count, dtype=str(torch_dtype), layers=len(layers), packed=packed
+        "model_loaded",
+        architecture=architecture,
+        parameters=count,
+        dtype=str(torch_dtype),
+        layers=len(layers),
+        packed=packed,
+        mapped_bytes=model.mapped_bytes,
+        seconds=round(time.monotonic() - began, 2),
     )
     return model
+
+
+def _quieten_transformers() -> None:
+    """Its bars and warnings would stand between the lines of the log, and what matters in them is told as an error here."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 def _read_config(path: Path) -> PretrainedConfig:
@@ -108,101 +142,133 @@ def _read_config(path: Path) -> PretrainedConfig:
         raise ModelLoadError(f"transformers refuses {path}/config.json; the log says why") from error
 
 
-def check_folder(path: Path, *, weights: bool) -> None:
-    """Refuse a folder before transformers reads any of it.
+def _resolve_dtype(config: PretrainedConfig, dtype: str, folder: ModelFolder) -> torch.dtype:
+    """The asked one; else what the configuration declares; else what most of the weights are stored in."""
+    if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ModelLoadError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
+    declared = getattr(config.get_text_config(), "dtype", None) or config.dtype
+    if declared is None:
+        sizes: Counter[str] = Counter()
+        for tensor in folder.tensors:
+            sizes[tensor.dtype] += tensor.num_bytes
+        declared = _STORED.get(sizes.most_common(1)[0][0] if sizes else "F32")
+    if declared not in _DTYPES.values():
+        stated = str(declared).removeprefix("torch.")
+        raise ModelLoadError(
+            f"{folder.path} is made for dtype {stated!r}, which is not served; give --dtype {' or '.join(_DTYPES)}"
+        )
+    return declared  # type: ignore[no-any-return]  # one of `_DTYPES`
+
+
+def _from_weights(folder: ModelFolder, weights: MappedWeights, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """The module with its tensors.
 
     Raises:
-        ModelLoadError: not a model folder, no safetensors, or it asks for its own code to be run.
+        ModelLoadError: tensors are missing, left over or of another shape.
     """
-    config_file = path / "config.json"
-    if not path.is_dir() or not config_file.is_file():
-        raise ModelLoadError(f"{path} is no model folder: it has no config.json")
+    weights.read_through()
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelLoadError(f"{path}/config.json cannot be read as JSON") from error
-    if not isinstance(config, dict):
-        raise ModelLoadError(f"{path}/config.json must hold a JSON object")
-    _refuse_code(config, "config.json")
-    if any(path.glob("*.py")):
-        raise ModelLoadError(f"{path} holds Python files; StreamKV runs no code from a model folder")
-    if weights and not any(path.glob("*.safetensors")):
-        raise ModelLoadError(f"{path} holds no *.safetensors; other weight formats are not loaded")
-
-
-def _refuse_code(value: object, where: str) -> None:
-    """Look through nested objects for keys that make transformers run foreign code."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if any(key.startswith(forbidden) for forbidden in _FORBIDDEN_KEYS):
-                raise ModelLoadError(f"{where} sets {key!r}; StreamKV runs no code named by a model folder")
-            _refuse_code(inner, f"{where}: {key}")
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_code(inner, where)
-
-
-def _resolve_dtype(config: PretrainedConfig, dtype: str) -> torch.dtype:
-    if dtype == "auto":
-        declared = config.dtype
-        return declared if isinstance(declared, torch.dtype) and declared in _DTYPES.values() else torch.float32
-    if dtype not in _DTYPES:
-        raise ModelLoadError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
-
-
-def _from_safetensors(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    transformers_logging.set_verbosity_error()
-    try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation=HOOK_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers, torch and safetensors raise kinds of their own
-        log.exception("model_load_failed", path=str(path))
-        raise ModelLoadError(f"the weights in {path} do not fit its config.json") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        # transformers fills what is missing with random numbers; that is never what anyone wants served.
-        raise ModelLoadError(f"the weights in {path} lack {len(missing)} tensors, the first is {missing[0]}")
+        with _in_this_thread():
+            module, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None,  # no folder: neither adapters nor other files that it would look for there
+                config=config,
+                state_dict=weights.state_dict(),
+                dtype=dtype,
+                attn_implementation=attention_implementation(config),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers and torch raise kinds of their own
+        if weights.refused is not None:
+            raise weights.refused from error
+        log.exception("model_load_failed", path=str(folder.path))
+        raise ModelLoadError(f"the weights in {folder.path} do not fit its config.json; the log says why") from error
+    _check_report(report, folder.path)
     return module
+
+
+@contextmanager
+def _in_this_thread() -> Iterator[None]:
+    """Keep transformers from a pool of threads: torch runs in the runner's only, and four conversions at once are four copies."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
+
+
+def _check_report(report: dict[str, Any], path: Path) -> None:
+    """What transformers would only warn of, having filled gaps with random numbers. Nobody wants that served."""
+    if mismatched := sorted((name, tuple(found), tuple(asked)) for name, found, asked in report["mismatched_keys"]):
+        name, found, asked = mismatched[0]
+        raise ModelLoadError(f"the weights in {path} do not fit its config.json: {name} is {found} and should be {asked}")
+    if missing := sorted(report["missing_keys"]):
+        raise ModelLoadError(f"the weights in {path} lack {len(missing)} tensors, the first is {missing[0]}")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise ModelLoadError(
+            f"the weights in {path} hold {len(unexpected)} tensors that its config.json has no place for, "
+            f"the first is {unexpected[0]}"
+        )
+
+
+def _pack(module: nn.Module, weights: MappedWeights) -> int:
+    """Pack linear layers one by one, each plain weight gone before the next is packed.
+
+    A projection to the vocabulary comes first, while no other page is in memory: where it is tied to the embedding, its plain
+    weight stays, and of that only the rows that are looked up.
+    """
+    weights.untouch()  # the probe read everything
+    head = id(module.get_output_embeddings())  # type: ignore[operator]  # a transformers module
+    places = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+    places.sort(key=lambda place: id(place[2]) != head)
+    packed = 0
+    while places:
+        parent, name, child = places.pop(0)
+        box = nn.ModuleList([child])
+        if pack_linears(box):
+            setattr(parent, name, box[0])
+            packed += 1
+            if packed == 1:
+                weights.untouch()
+    return packed
 
 
 def _dummy(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
     """Random weights of the right shapes; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=HOOK_NAME, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention_implementation(config), trust_remote_code=False
+        )
 
 
-def _eos_ids(path: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """generation_config.json overrules config.json, as in `generate`."""
-    value: object = config.eos_token_id
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        try:
-            value = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id", value)
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ModelLoadError(f"{generation} cannot be read as a JSON object") from error
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise ModelLoadError(f"eos_token_id of {path} must be an integer or a list of integers")
-    return tuple(ids)
+def _eos_ids(folder: ModelFolder, config: PretrainedConfig) -> tuple[int, ...]:
+    """generation_config.json overrules config.json, as in `generate`; their values are checked integers."""
+    value: Any = folder.generation_config.get("eos_token_id", config.eos_token_id)
+    return tuple(value if isinstance(value, list) else [] if value is None else [value])
 
 
-def _fingerprint(path: Path, dtype: torch.dtype, seed: int | None) -> str:
+def _fingerprint(folder: ModelFolder, dtype: torch.dtype, seed: int | None) -> str:
     """Identify the weights without reading gigabytes: configuration, and every file's header, size and name."""
     digest = hashlib.sha256(f"{dtype} {seed}".encode())
-    digest.update((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
+    digest.update((folder.path / "config.json").read_bytes())
+    for file in folder.weight_files:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-            digest.update(stream.read(min(length, 100_000_000)))
+            digest.update(stream.read(int.from_bytes(stream.read(8), "little")))
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from streamkv.runner.model_runner import ModelRunner
 __all__ = ["free_memory", "measure_step", "num_blocks_for"]
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_PROCESS: Final = Path("/proc/self")
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +52,8 @@ def num_blocks_for(
             )
         return count
     peak = measure_step(model, backend, block_size=block_size, num_tokens=min(max_num_batched_tokens, max_model_len))
-    free = free_memory(model.device)
+    # Weights that lie in their files are page cache, and so counted as free, but are not to be given away.
+    free = free_memory(model.device) - model.mapped_bytes
     count = int((free - peak) * memory_fraction) // bytes_per_block
     # More than all rows at full length would serve as prefix cache only; who wants that says how much.
     count = min(count, max_num_seqs * longest)
@@ -75,10 +77,9 @@ def measure_step(model: LoadedModel, backend: AttentionBackend, *, block_size: i
         before = torch.cuda.memory_allocated(model.device)
         runner.warm_up(num_tokens)
         return torch.cuda.max_memory_allocated(model.device) - before
-    before = _resident()
+    before = _restart_peak()
     runner.warm_up(num_tokens)
-    # The peak of the process can lie before this step (loading); then it is an upper bound.
-    return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return max(0, _peak() - before)
 
 
 def free_memory(device: torch.device) -> int:
@@ -88,8 +89,20 @@ def free_memory(device: torch.device) -> int:
     available = _meminfo("MemAvailable")
     limit = _number(_CGROUP / "memory.max")
     if limit is not None:
-        available = min(available, limit - (_number(_CGROUP / "memory.current") or 0))
+        # As in MemAvailable, page cache counts as free: reading the weights has filled the group's limit with it.
+        used = (_number(_CGROUP / "memory.current") or 0) - _page_cache()
+        available = min(available, limit - max(used, 0))
     return available
+
+
+def _page_cache() -> int:
+    """Bytes of the control group that can be dropped at once."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    counters = dict(line.split() for line in lines if line.count(" ") == 1)
+    return int(counters.get("active_file", 0)) + int(counters.get("inactive_file", 0))
 
 
 def _meminfo(name: str) -> int:
@@ -99,8 +112,24 @@ def _meminfo(name: str) -> int:
     raise ConfigError("this system does not tell its free memory; give num_blocks or kv_cache_memory", param="num_blocks")
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+def _restart_peak() -> int:
+    """Forget the process's peak so far, that of loading among them; returns the resident bytes.
+
+    Where the kernel does not let us (man proc_pid_clear_refs), what is measured is an upper bound.
+    """
+    try:
+        (_PROCESS / "clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:
+        log.info("peak_not_restarted", reason=str(error))
+    return int((_PROCESS / "statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def _peak() -> int:
+    """Most bytes that were resident at once since `_restart_peak`."""
+    for line in (_PROCESS / "status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _number(path: Path) -> int | None:

@@ -7,6 +7,7 @@ in `last_token`, so that the next step can name it as its input before anybody o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +17,36 @@ from streamkv.attention import AttentionBackend, KVPool, StepTensors
 from streamkv.core.step import PENDING, Sampled, Step
 from streamkv.runner.hook import KVContext
 from streamkv.runner.loader import LoadedModel
-from streamkv.runner.params import RowParams
-from streamkv.runner.sampler import SamplerRows, sample, token_logprobs
+from streamkv.runner.logits_processor import LogitsProcessor
+from streamkv.runner.params import RowExtra, RowParams
+from streamkv.runner.prompt_reader import HiddenTap, PromptReader, Range
+from streamkv.runner.sampling_tables import RowSampler
 
 __all__ = ["ModelRunner", "SkippedStepError"]
 
 
 class SkippedStepError(RuntimeError):
     """The step was not computed because an earlier one failed; its tables and copies were taken over."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A step in arrays.
+
+    Attributes:
+        rows, starts, counts: [num_seqs].
+        tokens, positions: [num_tokens].
+        last: [num_seqs], packed row of each entry's last token.
+        sampled: [num_sampled], entries that sample.
+    """
+
+    rows: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    last: npt.NDArray[np.int64]
+    sampled: npt.NDArray[np.int64]
 
 
 class ModelRunner:
@@ -37,11 +60,15 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        processors: Mapping[str, LogitsProcessor] | None = None,
+        tap: HiddenTap | None = None,
         poison: bool = False,
     ) -> None:
         """Set up empty tables.
 
         Args:
+            processors: logits processors that requests may ask for, by name.
+            tap: where the model's hidden states can be had; None = no request asks for a vector.
             poison: debug: fill every newly handed out block with NaN, so that a read of an unwritten slot is seen.
         """
         self._model = model
@@ -53,12 +80,15 @@ class ModelRunner:
         blocks_per_row = -(-max_model_len // self._block_size)
         self._tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, blocks_per_row), np.int32)
         self._last_token: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
-        self._temperature: npt.NDArray[np.float32] = np.zeros(max_num_seqs, np.float32)
-        self._top_k: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
-        self._top_p: npt.NDArray[np.float32] = np.ones(max_num_seqs, np.float32)
-        self._seed: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
-        self._branch: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
-        self._logprobs: npt.NDArray[np.int64] = np.full(max_num_seqs, -1, np.int64)
+        self._sampler = RowSampler(
+            num_rows=max_num_seqs,
+            max_len=max_model_len,
+            vocab_size=model.vocab_size,
+            device=model.device,
+            processors=processors or {},
+        )
+        self._prompts = PromptReader()
+        self._tap = tap
         self._failed = False
 
     @property
@@ -94,13 +124,8 @@ class ModelRunner:
     def _take_over(self, step: Step, params: Mapping[int, RowParams]) -> None:
         """Tables, clears and copies: also for a step that is then skipped, because the next one builds on them."""
         for row, _ in step.admitted:
-            sampling = params[row].sampling
-            self._temperature[row] = sampling.temperature
-            self._top_k[row] = sampling.top_k
-            self._top_p[row] = sampling.top_p
-            self._seed[row] = sampling.seed
-            self._branch[row] = params[row].branch
-            self._logprobs[row] = -1 if sampling.logprobs is None else sampling.logprobs
+            self._sampler.admit(row, params[row])
+            self._prompts.admit(row, params[row])
         for row, first, ids in step.tables:
             self._tables[row, first : first + len(ids)] = ids
         if step.clears:
@@ -123,6 +148,18 @@ class ModelRunner:
             self._pool.fill(new, float("nan"))
 
     def _compute(self, step: Step) -> Sampled:
+        batch = self._pack(step)
+        ranges = self._prompts.ranges(batch.rows, batch.starts, batch.counts)
+        keep = batch.last[batch.sampled]  # packed rows whose logits are wanted: first those that sample
+        if ranges:
+            keep = np.concatenate([keep, *(np.arange(part.first, part.first + part.end - part.start) for part in ranges)])
+        if self._prompts.pools and self._tap is not None:
+            self._tap.expect()
+        logits = self._forward(batch.tokens, batch.positions, keep)
+        return self._finish(batch, ranges, logits)
+
+    def _pack(self, step: Step) -> _Batch:
+        """The step as packed arrays; the backend is told of it."""
         rows = np.asarray(step.rows, np.int64)  # [num_seqs]
         starts = np.asarray(step.starts, np.int64)
         counts = np.asarray(step.counts, np.int64)
@@ -146,16 +183,15 @@ class ModelRunner:
                 slots=torch.from_numpy(blocks * size + positions % size),
             )
         )
-        sampled = np.flatnonzero(np.asarray(step.samples, bool))  # [num_sampled], entries
-        logits = self._forward(tokens, positions, query_start[1:][sampled] - 1)
-        return self._sample(step, rows, seq_lens, sampled, logits)
+        sampled = np.flatnonzero(np.asarray(step.samples, bool))
+        return _Batch(rows, starts, counts, tokens, positions, query_start[1:].astype(np.int64) - 1, sampled)
 
     def _forward(
-        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], keep: npt.NDArray[np.int32]
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], keep: npt.NDArray[np.int64]
     ) -> torch.Tensor:
-        """[num_sampled, vocab_size]; at least one row is computed, because transformers reads an empty list as all."""
+        """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all."""
         device = self._model.device
-        wanted = torch.from_numpy(keep.astype(np.int64)) if len(keep) else torch.zeros(1, dtype=torch.long)
+        wanted = torch.from_numpy(keep) if len(keep) else torch.zeros(1, dtype=torch.long)
         output = self._model.module(
             input_ids=torch.from_numpy(tokens)[None].to(device),
             position_ids=torch.from_numpy(positions)[None].to(device),
@@ -166,44 +202,45 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits[: len(keep)]
 
-    def _sample(
-        self,
-        step: Step,
-        rows: npt.NDArray[np.int64],
-        seq_lens: npt.NDArray[np.int32],
-        sampled: npt.NDArray[np.int64],
-        logits: torch.Tensor,
-    ) -> Sampled:
-        result: list[tuple[int, ...]] = [()] * len(rows)
-        if not len(sampled):
-            return Sampled(result)
-        where = rows[sampled]
-        device = logits.device
-        chosen = sample(
-            logits,
-            SamplerRows(
-                temperature=torch.from_numpy(self._temperature[where]).to(device),
-                top_k=torch.from_numpy(self._top_k[where]).to(device),
-                top_p=torch.from_numpy(self._top_p[where]).to(device),
-                seed=torch.from_numpy(self._seed[where]).to(device),
-                branch=torch.from_numpy(self._branch[where]).to(device),
-                position=torch.from_numpy(seq_lens[sampled].astype(np.int64)).to(device),
-            ),
-        )
-        # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
-        bad = ~torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))
-        failed = frozenset(int(sampled[index]) for index in bad.nonzero().flatten().tolist())
-        wanted = [(index, int(count)) for index, count in enumerate(self._logprobs[where]) if count >= 0 and not bad[index]]
-        logprobs = token_logprobs(logits, chosen, wanted)
-        ids = chosen.tolist()
+    def _finish(self, batch: _Batch, ranges: list[Range], logits: torch.Tensor) -> Sampled:
+        """Sample, and read what else is wanted. State changes last: a step that fails before leaves its rows as they were."""
+        sampled = batch.sampled
+        rows = batch.rows[sampled]
+        own, of_prompts = logits[: len(sampled)], logits[len(sampled) :]
+        result: list[tuple[int, ...]] = [()] * len(batch.rows)
+        ids: list[int] = []
+        bad: set[int] = set()  # indices into `sampled`
+        extras: dict[int, RowExtra] = {}
+        if len(sampled):
+            chosen = self._sampler.sample(rows, batch.positions[batch.last[sampled]] + 1, own)
+            # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
+            bad.update((~torch.isfinite(own.sum(dim=-1, dtype=torch.float32))).nonzero().flatten().tolist())
+            for index, value in self._sampler.logprobs(rows, own, chosen, bad).items():
+                extras[int(sampled[index])] = RowExtra(value)
+            ids = chosen.tolist()
+        for entry, prompt in self._prompts.logprobs(ranges, of_prompts).items():
+            extras[entry] = replace(extras.get(entry, RowExtra()), prompt_logprobs=prompt)
+        failed = {int(sampled[index]) for index in bad}
+        for entry, vector in self._pooled(batch).items():
+            extras[entry] = replace(extras.get(entry, RowExtra()), embedding=vector.numpy().astype("<f4").tobytes())
+            if not bool(torch.isfinite(vector).all()):
+                failed.add(entry)
         for entry, token in zip(sampled.tolist(), ids, strict=True):
             result[entry] = (token,)
-        self._last_token[where] = ids  # last: a step that fails before leaves its rows as they were
-        return Sampled(result, failed, {int(sampled[index]): value for index, value in logprobs.items()})
+        self._sampler.append(rows, ids)
+        self._last_token[rows] = ids
+        return Sampled(result, frozenset(failed), extras)
+
+    def _pooled(self, batch: _Batch) -> dict[int, torch.Tensor]:
+        if not self._prompts.pools or self._tap is None:
+            return {}
+        hidden = self._tap.take()
+        assert hidden is not None, "the model's decoder was not asked"
+        return self._prompts.pool(batch.rows, batch.starts, batch.counts, hidden)
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
-        """One forward pass over `num_tokens` tokens of one sequence in the first blocks, nothing kept: the worst step."""
+        """The worst step: `num_tokens` tokens of one sequence in the first blocks, every position's logits, nothing kept."""
         size = self._block_size
         num_tokens = min(num_tokens, self._tables.shape[1] * size, self._pool.spec.num_blocks * size)
         positions = np.arange(num_tokens, dtype=np.int64)
@@ -215,4 +252,4 @@ class ModelRunner:
                 slots=torch.from_numpy(positions),
             )
         )
-        self._forward(np.zeros(num_tokens, np.int64), positions, np.array([num_tokens - 1], np.int32))
+        self._forward(np.zeros(num_tokens, np.int64), positions, positions)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,9 +12,16 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from streamkv.errors import ConfigError
+from streamkv.observe.observers import Observers
+from streamkv.observe.recorder import Recorder
+from streamkv.server.admission import Admission
+from streamkv.server.chores import Chores
 from streamkv.server.config import ServerConfig
 from streamkv.server.guard import Guard
+from streamkv.server.kv_map import KVDoor
+from streamkv.server.listener import Listener
+from streamkv.server.metrics import MetricsDoor
+from streamkv.server.openai.door import OpenAIDoor
 from streamkv.server.routes import Access, Door, Route
 from streamkv.server.stream_door import StreamDoor
 from streamkv.text.streams import TextStreams
@@ -37,8 +43,26 @@ class Server:
         self._draining = False
         self._moved = asyncio.Event()  # something became idle or ended
         self.guard = Guard(config)
+        self.admission = Admission(
+            streams.info,
+            slo_ttft_s=config.slo_ttft_s,
+            max_waiting=config.max_waiting,
+            queue_timeout_s=config.queue_timeout_s,
+        )
+        self.recorder = Recorder(streams.info)
+        streams.observer = Observers(streams.observer, self.admission, self.recorder)
+        self._listener = Listener(config)
+        self.lost = asyncio.Event()
+        """The engine has gone. Nothing can be served any more; whoever started the process should start another one."""
+        self._chores = Chores(self.guard, self._listener, self.admission, streams, self.lost.set)
         self.stream_door = StreamDoor(streams, config, self._moved.set)
-        self.doors: list[Door] = [self.stream_door]
+        self.metrics_door = MetricsDoor(self.recorder, streams.client, prefix=config.metrics_prefix, public=config.metrics_public)
+        self.doors: list[Door] = [
+            self.stream_door,
+            OpenAIDoor(streams, config, self.admission, self._moved.set),
+            self.metrics_door,
+            KVDoor(streams.client, self.recorder, send_timeout_s=config.send_timeout_s, moved=self._moved.set),
+        ]
         self.port = config.port
 
     def routes(self) -> list[Route]:
@@ -46,12 +70,19 @@ class Server:
         own = [
             Route("GET", "/health", self._health, Access.PUBLIC),
             Route("GET", "/ready", self._ready, Access.PUBLIC),
+            Route("POST", "/v1/ws-tickets", self.guard.issue_ticket, Access.CLIENT),
         ]
         return own + [route for door in self.doors for route in door.routes()]
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(client_max_size=1 << 20, middlewares=[self.guard.middleware])
+        app = web.Application(
+            client_max_size=self._config.http.body,
+            middlewares=[self.metrics_door.middleware, self._listener.middleware, self.guard.middleware],
+        )
+        app.cleanup_ctx.append(self.metrics_door.measuring)
+        app.on_response_prepare.append(self.metrics_door.count_socket)
+        app.on_response_prepare.append(self.guard.decorate)
         for route in self.routes():
             # Not `add_get`, which would add a route for HEAD that is not in the table.
             self.guard.protect({app.router.add_route(route.method, route.path, route.handler): route.access})
@@ -60,21 +91,19 @@ class Server:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[None]:
         """Accept connections inside the block; leaving it ends them."""
-        runner = web.AppRunner(self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
-        await runner.setup()
-        try:
-            site = web.TCPSite(runner, self._config.host, self._config.port)
-            try:
-                await site.start()
-            except OSError as error:
-                where = f"{self._config.host}:{self._config.port}"
-                reason = "the port is in use" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
-                raise ConfigError(f"cannot listen on {where}: {reason}; choose another --host or --port") from error
-            assert site._server is not None  # noqa: SLF001  # aiohttp has no public way to learn the port that 0 became
-            self.port = site._server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]  # noqa: SLF001  # as above
+        async with self._listener.open(self.app()), self._chores.running():
+            self.port = self._listener.ports[0]
+            self.guard.admin_port = self._listener.ports[-1] if self._config.admin_port is not None else None
             yield
-        finally:
-            await runner.cleanup()
+
+    @property
+    def rereads_keys(self) -> bool:
+        """True if there is a file of keys."""
+        return self._config.api_keys is not None
+
+    def reread_keys(self) -> None:
+        """Soon; for SIGHUP."""
+        self._chores.reread_keys()
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +148,7 @@ class Server:
 
 
 async def run_until_signalled(server: Server, *, ready: asyncio.Event | None = None) -> bool:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+    """Serve until SIGTERM or SIGINT, or until the engine is lost; then drain. A second signal ends at once.
 
     Returns:
         True if every stream finished by itself.
@@ -132,20 +161,34 @@ async def run_until_signalled(server: Server, *, ready: asyncio.Event | None = N
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if server.rereads_keys:
+        loop.add_signal_handler(signal.SIGHUP, server.reread_keys)
     try:
         async with server.listening():
             if ready is not None:
                 ready.set()
-            await first.wait()
+            if not await _first_of(first, server.lost):
+                log.error("engine_lost")
             draining = asyncio.create_task(server.drain("the server is shutting down"))
             impatient = asyncio.create_task(second.wait())
             await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
-            complete = draining.done() and draining.result()
+            complete = draining.done() and draining.result() and not server.lost.is_set()
             for task in (draining, impatient):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
             return complete
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
+
+
+async def _first_of(one: asyncio.Event, other: asyncio.Event) -> bool:
+    """Wait for either; True if it was the first one."""
+    waiting = {asyncio.create_task(event.wait()) for event in (one, other)}
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
+    return one.is_set()

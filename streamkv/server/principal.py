@@ -7,19 +7,26 @@ from typing import Final
 
 from aiohttp import web
 
-__all__ = ["ANONYMOUS", "Principal", "principal_of", "set_principal"]
+from streamkv.server.limits import UNLIMITED, Quota
+
+__all__ = ["ANONYMOUS", "OPERATOR", "Principal", "is_known", "principal_of", "set_principal"]
+
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A tenant.
+    """A tenant, as one of its keys proved it.
 
     Attributes:
         tenant: its name; "" = nobody in particular, on a server without keys.
         is_admin: may use admin routes.
+        key: short name of the key, for revocation and logs; "" = there was none. Tells nothing about the key itself.
+        quota: what its tenant may use.
     """
 
     tenant: str = ""
     is_admin: bool = False
+    key: str = ""
+    quota: Quota = UNLIMITED
 
     @property
     def salt(self) -> str:
@@ -28,6 +35,10 @@ class Principal:
 
 
 ANONYMOUS: Final = Principal()
+"""Everybody, on a server that other machines reach and that was told to ask for no keys."""
+
+OPERATOR: Final = Principal(is_admin=True)
+"""Everybody, on a server without keys that only this machine reaches: who can connect is whoever runs it."""
 
 _KEY: Final = web.RequestKey("principal", Principal)
 
@@ -37,6 +48,15 @@ def set_principal(request: web.Request, principal: Principal) -> None:
     request[_KEY] = principal
 
 
+def is_known(request: web.Request) -> bool:
+    """False for a WebSocket that has yet to prove in its first frame who it is."""
+    return _KEY in request
+
+
 def principal_of(request: web.Request) -> Principal:
-    """Who sent this request; the guard has let it through."""
+    """Who sent this request; the guard has let it through.
+
+    Raises:
+        KeyError: a WebSocket that has not proved yet who it is; there is nobody to act for.
+    """
     return request[_KEY]

@@ -72,6 +72,7 @@ def error_response(
 def status_of(error: StreamKVError) -> int:
     """HTTP status of an error that is raised on purpose."""
     return {
+        "unauthorized": 401,
         "model_not_found": 404,
         "overloaded": 429,
         "rate_limited": 429,
@@ -79,4 +80,5 @@ def status_of(error: StreamKVError) -> int:
         "engine_lost": 503,
         "internal": 500,
         "numerical_error": 500,
+        "deadline_exceeded": 504,
     }.get(error.code, 400)

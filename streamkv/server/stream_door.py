@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import secrets
 from collections.abc import Callable
 
 import structlog
 from aiohttp import web
 
-from streamkv import __version__
 from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
-from streamkv.protocol.session import Session
 from streamkv.server.config import ServerConfig
 from streamkv.server.connection import Connection
+from streamkv.server.principal import principal_of
 from streamkv.server.routes import Access, Route, error_response
+from streamkv.server.session_store import SessionStore
 from streamkv.text.streams import TextStreams
 
 __all__ = ["StreamDoor"]
@@ -31,6 +30,7 @@ class StreamDoor:
         self._config = config
         self._moved = moved
         self.connections: set[Connection] = set()
+        self.sessions = SessionStore(streams, config, moved)
         self._names = itertools.count(1)
         self._draining = False
 
@@ -55,18 +55,9 @@ class StreamDoor:
         if chosen is None:
             # aiohttp by itself would go on without any protocol.
             return error_response(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
-        codec = CODECS[chosen]
-        session = Session(
-            codec,
-            self._config.limits,
-            session_id=secrets.token_urlsafe(16),
-            epoch=self._streams.info.epoch,
-            server=f"streamkv/{__version__}",
-            models=(self._streams.info.model,),
-            max_model_len=self._streams.info.max_model_len,
-        )
         name = f"c{next(self._names)}"
-        connection = Connection(name, socket, request, codec, session, self._streams, self._config, self._moved)
+        principal = principal_of(request)
+        connection = Connection(name, socket, request, CODECS[chosen], self.sessions, principal, self._config, self._moved)
         self.connections.add(connection)  # before the first await: it counts, and a drain must not miss it
         try:
             await socket.prepare(request)
@@ -94,6 +85,9 @@ class StreamDoor:
         self._draining = True
         for connection in tuple(self.connections):
             connection.drain(deadline_s, reason)
+        for live in self.sessions:
+            if live.peer is None:
+                live.drain(deadline_s, reason)
 
     @property
     def idle(self) -> bool:
@@ -101,7 +95,9 @@ class StreamDoor:
         return all(connection.idle for connection in self.connections)
 
     def close(self, reason: str) -> None:
-        """Start the closing handshake of every connection."""
+        """End every session, and start the closing handshake of every connection."""
+        for live in self.sessions:
+            live.close()
         for connection in tuple(self.connections):
             connection.close(1001, f"going_away: {reason}")
 

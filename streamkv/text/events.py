@@ -8,9 +8,10 @@ from typing import Final, Literal
 
 import msgspec
 
+from streamkv.engine.api import Miss
 from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
 
-__all__ = ["Delta", "Finished", "PromptRead", "Score", "Status", "StreamEvent", "Timings"]
+__all__ = ["Delta", "Finished", "PromptRead", "Score", "Status", "StreamEvent", "Timings", "Why"]
 
 
 _LARGEST_EXPONENT: Final = 700.0
@@ -20,7 +21,7 @@ class Status(msgspec.Struct, frozen=True, gc=False):
     """A request changed its state; `cached` prompt tokens came from the prefix cache (with state "prefill")."""
 
     id: str
-    state: Literal["prefill", "decode", "preempted"]
+    state: Literal["prefill", "decode", "stalled", "preempted"]
     cached: int | None = None
 
 
@@ -52,6 +53,27 @@ class Timings(msgspec.Struct, frozen=True, gc=False):
     prefill: float
     ttft: float
     decode: float
+
+
+class Why(msgspec.Struct, frozen=True, gc=False):
+    """Why a stream was slow, and why the prefix cache did not have more of its prompt.
+
+    Attributes:
+        chunks: steps that computed the prompt; 0 = it ended before.
+        preemptions: how often others took its blocks.
+        preempted: seconds from such a loss to its next token.
+        stalled: seconds that it had no credit, i.e. waited for its reader.
+        lag: 99th percentile of the event loop's delay while it lived, seconds; 0 where nobody measures it.
+        miss: why the cache ended at token `miss_at` of the prompt (`streamkv.engine.api.Miss`); None = it had all it could.
+    """
+
+    chunks: int = 0
+    preemptions: int = 0
+    preempted: float = 0.0
+    stalled: float = 0.0
+    lag: float = 0.0
+    miss: Miss | None = None
+    miss_at: int = 0
 
 
 class Score(msgspec.Struct, frozen=True, gc=False):
@@ -86,6 +108,7 @@ class Finished(msgspec.Struct, frozen=True):
     error: tuple[str, str] | None = None
     embedding: bytes | None = None
     score: Score | None = None
+    why: Why = Why()
 
     def vector(self) -> list[float]:
         """The embedding as numbers; empty without one."""

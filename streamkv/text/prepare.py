@@ -6,8 +6,11 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
+
+import msgspec
 
 from streamkv.engine.api import EngineInfo, check_processors
 from streamkv.errors import ContextLengthError, InvalidRequestError
@@ -43,7 +46,51 @@ class Preparer:
             InvalidRequestError: empty prompt, token id out of range, unusable messages.
             ContextLengthError: prompt plus max_tokens exceed the context.
         """
-        info, name = self._info, "messages" if is_chat else "prompt"
+        self._check(params)
+        name = "messages" if is_chat else "prompt"
+        if is_chat:
+            token_ids = await self._run(partial(self._tokenizer.encode_chat, tools=tools), prompt)
+        else:
+            token_ids = await self._token_ids(prompt, name)
+        return await self._prepared(token_ids, params, name)
+
+    async def fork(
+        self,
+        parent: PreparedPrompt,
+        output: Sequence[int],
+        params: SamplingParams,
+        *,
+        chars: int | None,
+        added: str | list[int] | None,
+        max_tokens_given: bool,
+    ) -> PreparedPrompt:
+        """A stream that goes on from another one's output.
+
+        Args:
+            output: what it keeps of the parent's own tokens.
+            chars: characters of the parent's text that its reader has of them; None = not known.
+            added: text or token ids that follow, or None.
+            max_tokens_given: `params` say how many tokens to generate; else it is what the parent has left.
+        """
+        self._check(params)
+        token_ids = [*parent.token_ids, *output]
+        if added is not None:
+            more = (
+                await self._run(self._tokenizer.encode_more, added) if isinstance(added, str) else self._checked(added, "prompt")
+            )
+            return await self._prepared([*token_ids, *more], params, "prompt")
+        if not max_tokens_given:
+            left = parent.sampling.max_tokens - len(output)
+            if left < 1:
+                raise InvalidRequestError("the parent has no token left to generate; give max_tokens", param="max_tokens")
+            params = replace(params, max_tokens=left)
+        prepared = await self._prepared(token_ids, params, "prompt")
+        inherited = parent.inherited + len(output)
+        return msgspec.structs.replace(prepared, inherited=inherited, inherited_chars=chars, echo="")
+
+    def _check(self, params: SamplingParams) -> None:
+        """What can be told of the parameters without tokenising."""
+        info = self._info
         for param, largest in params.named_token_ids:
             if largest >= info.vocab_size:
                 raise InvalidRequestError(f"{param} must be below {info.vocab_size}", param=param)
@@ -53,12 +100,10 @@ class Preparer:
                 f"max_tokens is {params.max_tokens}; with a prompt that exceeds the context of {info.max_model_len}",
                 param="max_tokens",
             )
-        if is_chat:
-            token_ids = await self._run(partial(self._tokenizer.encode_chat, tools=tools), prompt)
-        else:
-            token_ids = await self._token_ids(prompt, name)
+
+    async def _prepared(self, token_ids: list[int], params: SamplingParams, name: str) -> PreparedPrompt:
         max_tokens = self._max_tokens(token_ids, params, name)
-        eos = () if params.ignore_eos else info.eos_token_ids
+        eos = () if params.ignore_eos else self._info.eos_token_ids
         stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
         of_prompt = params.prompt_logprobs
         if of_prompt is None and params.echo:
@@ -107,7 +152,7 @@ class Preparer:
         return room if wanted is None else wanted
 
     async def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        banned = [(token_id,) for token_id in params.bad_token_ids]
+        banned: list[tuple[int, ...]] = [(token_id,) for token_id in params.bad_token_ids]
         if params.bad_words:
             banned += await self._run(self._sequences_of, params.bad_words)
         return tuple(dict.fromkeys(banned))

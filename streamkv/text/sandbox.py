@@ -2,7 +2,8 @@
 
 Jinja's own sandbox stops attribute walks; it does not stop `'x' * 10**10`, nested loops or a filter that pads to a gigabyte.
 Here every operation that can make a value larger than its operands looks at the sizes first, and every loop turn, call, filter
-and operator counts against one budget per rendering. Not bounded: one comparison of values nested into themselves many times.
+and operator counts against one budget per rendering. What is compared or looked up is weighed before, because a list can hold
+itself many times over at no cost, and a comparison would walk all of it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any, Final
 
 from jinja2 import Environment, nodes, pass_context, pass_environment
 from jinja2.exceptions import SecurityError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
+from jinja2.parser import Parser
 from jinja2.runtime import Context, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -73,13 +75,23 @@ def bounded() -> Iterator[None]:
         _budget.reset(token)
 
 
+class _Generation(Extension):
+    """`{% generation %}`, with which trainers mark the model's own words: a block that writes what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja's own way to declare it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """The sandbox; use it inside `bounded()` only."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols], finalize=_printable)
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], finalize=_printable)
         self.concat = _concat  # type: ignore[method-assign]  # Jinja's own knob: what joins the text of a macro or a block
         for name in _REMOVED_GLOBALS:
             del self.globals[name]
@@ -88,12 +100,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for name, each in self.filters.items()
             if name not in _REMOVED_FILTERS
         }
-        self.filters |= {"streamkv_turns": _turns, "replace": _replace, "join": _join, "indent": _indent}
+        self.filters |= {"replace": _replace, "join": _join, "indent": _indent}
+        self.filters |= {"streamkv_turns": _turns, "streamkv_weighed": _weighed}
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: _measured(each, printable=False) for name, each in tests.items()}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
         for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "streamkv_turns", [], [], None, None, lineno=loop.lineno)
+            loop.iter = _filtered(loop.iter, "streamkv_turns")
+        for comparison in tree.find_all(nodes.Compare):
+            comparison.expr = _filtered(comparison.expr, "streamkv_weighed")
+            for operand in comparison.ops:
+                operand.expr = _filtered(operand.expr, "streamkv_weighed")
+        for pair in tree.find_all(nodes.Pair):
+            pair.key = _filtered(pair.key, "streamkv_weighed")
         return tree
 
     def from_string(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,6 +123,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         joins = {"str_join": _concat, "markup_join": _concat_markup(template)}
         template.root_render_func.__globals__.update(joins)
         return template
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """Looking a key up hashes it and compares it."""
+        return super().getitem(obj, _weighed(None, argument))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Nothing of numbers, and no method of strings that pads or formats."""
@@ -117,6 +142,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Every call a template makes."""
         weigh((args, kwargs))
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
+        if isinstance(owner, (list, tuple, dict)):
+            weigh(owner)  # `count` and `index` compare with everything in it
         if isinstance(owner, str) and name == "replace" and len(args) > 1:
             _check_replace(owner, args[0], args[1])
         if isinstance(owner, str) and name == "join" and args:
@@ -203,6 +230,20 @@ def _measured(function: Callable[..., Any], *, printable: bool) -> Callable[...,
         return _fits(function(*args, **kwargs))
 
     return measured
+
+
+def _filtered(expression: Any, name: str) -> Any:
+    """The expression through one of our own filters; a constant can do no harm."""
+    if isinstance(expression, nodes.Const):
+        return expression
+    return nodes.Filter(expression, name, [], [], None, None, lineno=expression.lineno)
+
+
+@pass_context
+def _weighed(_context: Context | None, value: Any) -> Any:
+    if isinstance(value, (list, tuple, dict)):
+        weigh(value)
+    return value
 
 
 @pass_context  # so that it is never evaluated while compiling

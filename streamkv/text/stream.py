@@ -7,12 +7,13 @@ from typing import Final
 
 import msgspec
 
-from streamkv.engine.api import FinishReason, StepOutput
+from streamkv.engine.api import FinishReason, Miss, StepOutput
 from streamkv.sampling_params import Pooling, PromptLogprobs, Sampling, TokenLogprobs
 from streamkv.text.detokenizer import IncrementalDetokenizer
-from streamkv.text.events import Delta, Finished, PromptRead, Score, Status, StreamEvent, Timings
+from streamkv.text.events import Delta, Finished, PromptRead, Score, Status, StreamEvent, Timings, Why
 from streamkv.text.stop import StopStrings
 from streamkv.text.tokenizer import TextTokenizer
+from streamkv.text.waits import Waits
 
 __all__ = ["ENGINE_LOST", "PreparedPrompt", "Sink", "TextStream"]
 
@@ -32,6 +33,8 @@ class PreparedPrompt(msgspec.Struct, frozen=True):
         reports_prompt: log-probabilities of prompt tokens become events.
         score_from: position of the first prompt token that counts for the score; None = no score is asked for.
         pooling: how the prompt becomes a vector; None = it does not.
+        inherited: of a fork that goes on in mid-text: how many of the last `token_ids` are output of its parents.
+        inherited_chars: characters of their text that the reader has; None = all that is certain.
     """
 
     token_ids: list[int]
@@ -44,6 +47,8 @@ class PreparedPrompt(msgspec.Struct, frozen=True):
     reports_prompt: bool = False
     score_from: int | None = None
     pooling: Pooling | None = None
+    inherited: int = 0
+    inherited_chars: int | None = None
 
 
 class TextStream:
@@ -51,6 +56,8 @@ class TextStream:
 
     __slots__ = (
         "cached",
+        "carried",
+        "chunks",
         "detokenizer",
         "echo",
         "embedding",
@@ -59,6 +66,7 @@ class TextStream:
         "held",
         "held_logprobs",
         "id",
+        "miss",
         "offset",
         "prefill_at",
         "prepared",
@@ -68,14 +76,17 @@ class TextStream:
         "stop",
         "submitted_at",
         "total",
+        "waits",
     )
 
     def __init__(self, request_id: str, prepared: PreparedPrompt, tokenizer: TextTokenizer, sink: Sink, now: float) -> None:
         self.id = request_id
         self.prepared = prepared
-        self.detokenizer = IncrementalDetokenizer(
-            tokenizer, skip_special_tokens=prepared.skip_special_tokens, prompt_ids=prepared.token_ids
-        )
+        prompt, inherited = _split(prepared)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=prepared.skip_special_tokens, prompt_ids=prompt)
+        # What the parent's output makes certain and its reader has not seen, because the parent held it back.
+        known = self.detokenizer.push(inherited)
+        self.carried = "" if prepared.inherited_chars is None else known[prepared.inherited_chars :]
         self.stop = StopStrings(prepared.stop, include=prepared.include_stop)
         self.sink = sink
         self.echo = prepared.echo  # still to be delivered
@@ -85,7 +96,9 @@ class TextStream:
         self.held_logprobs: list[TokenLogprobs] = []
         self.scored, self.total = 0, 0.0
         self.embedding: bytes | None = None
-        self.cached = 0
+        self.cached = self.chunks = 0
+        self.miss: Miss | None = None
+        self.waits = Waits()
         self.submitted_at = now
         self.prefill_at: float | None = None
         self.first_at: float | None = None
@@ -97,16 +110,20 @@ class TextStream:
             if output.state == "prefill" and self.prefill_at is None:
                 self.prefill_at = now
                 self.cached = output.cached or 0
+                self.miss = output.miss
             events.append(Status(self.id, output.state, output.cached))
         if output.prompt_logprobs is not None:
             self._take_prompt(output.prompt_logprobs, events)
         self.embedding = output.embedding
         text = self._take_tokens(output, now)
+        if output.state in ("stalled", "preempted"):
+            self.waits.begin(output.state, now)
         if self.stop.stopped:
             self._deliver(text, events)
             self._end("stop", None, now, events)
             return output.finish_reason is None
         if output.finish_reason is not None:
+            self.chunks = self.chunks or output.chunks
             text += self.stop.push(self.detokenizer.finish(), armed=self._armed)
             reason: FinishReason = "stop" if self.stop.stopped else output.finish_reason
             text += self.stop.finish()
@@ -135,6 +152,9 @@ class TextStream:
             return ""
         if self.first_at is None:
             self.first_at = now
+            self.chunks = output.chunks
+        elif self.waits.kind is not None:
+            self.waits.end(now)
         self.received += len(output.token_ids)
         self.held.extend(output.token_ids)
         if output.logprobs is not None:
@@ -142,7 +162,8 @@ class TextStream:
         shown = output.token_ids
         if output.finish_reason == "stop" and shown[-1] in self.prepared.hidden_stop_ids:
             shown = shown[:-1]  # the token that ended the request is not part of its text
-        return self.stop.push(self.detokenizer.push(shown), armed=self._armed)
+        carried, self.carried = self.carried, ""
+        return self.stop.push(carried + self.detokenizer.push(shown), armed=self._armed)
 
     def _deliver(self, text: str, events: list[StreamEvent]) -> None:
         if self.echo:
@@ -168,11 +189,22 @@ class TextStream:
             decode=now - first_at,
         )
         score = Score(self.total, self.scored) if self.prepared.score_from is not None and error is None else None
+        self.waits.end(now)
+        waits, miss_at = self.waits, self.cached if self.miss is not None else 0
+        why = Why(self.chunks, waits.preemptions, waits.preempted, waits.stalled, miss=self.miss, miss_at=miss_at)
         prompt_tokens = len(self.prepared.token_ids)
-        events.append(Finished(self.id, reason, prompt_tokens, self.offset, self.cached, timings, error, self.embedding, score))
+        events.append(
+            Finished(self.id, reason, prompt_tokens, self.offset, self.cached, timings, error, self.embedding, score, why)
+        )
 
     def lose(self, now: float, events: list[StreamEvent]) -> None:
         """The engine is gone."""
         text = self.stop.push(self.detokenizer.finish(), armed=self._armed)
         self._deliver(text + self.stop.finish(), events)
         self._end("error", ENGINE_LOST, now, events)
+
+
+def _split(prepared: PreparedPrompt) -> tuple[list[int], list[int]]:
+    """(what was asked, what the stream's parents have answered)."""
+    border = len(prepared.token_ids) - prepared.inherited
+    return prepared.token_ids[:border], prepared.token_ids[border:]

@@ -14,12 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import structlog
 
 from streamkv.engine.api import EngineClient, EngineRequest, FinishReason, StepBatch
 from streamkv.errors import DrainingError, InvalidRequestError
 from streamkv.sampling_params import Pooling, SamplingParams
-from streamkv.text.events import StreamEvent
+from streamkv.text.events import Finished, StreamEvent
+from streamkv.text.observer import NullObserver, Observer
 from streamkv.text.prepare import Preparer, Prompt
 from streamkv.text.stream import ENGINE_LOST, PreparedPrompt, Sink, TextStream
 from streamkv.text.tokenizer import TextTokenizer
@@ -33,22 +35,31 @@ class TextStreams:
     """Owns the consumer task and the tokenising threads. Use it as an async context manager."""
 
     def __init__(
-        self, client: EngineClient, tokenizer: TextTokenizer, *, clock: Callable[[], float] = time.monotonic, threads: int = 1
+        self,
+        client: EngineClient,
+        tokenizer: TextTokenizer,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        threads: int = 1,
+        observer: Observer | None = None,
     ) -> None:
         """Nothing runs before the block is entered.
 
         Args:
             clock: seconds; must be the engine's clock for timings to make sense.
             threads: threads that tokenise, so that the event loop never does.
+            observer: told of every stream and every step.
         """
         self.client = client
         self.tokenizer = tokenizer
         self.info = client.describe()
         self._clock = clock
+        self.observer = observer or NullObserver()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="streamkv-text")
         self._preparer = Preparer(self.info, tokenizer, self._pool)
         self._streams: dict[str, TextStream] = {}
         self._stopped: set[str] = set()  # ended here by a stop string; the engine's own end is still to come
+        self._failing: dict[str, tuple[str, str]] = {}  # cancelled with this error; the engine's own end is still to come
         self._cancels: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._alive = False
@@ -92,6 +103,20 @@ class TextStreams:
         self._require_alive()
         return await self._preparer.generation(prompt, params, is_chat=is_chat, tools=tools)
 
+    async def prepare_fork(
+        self,
+        parent: PreparedPrompt,
+        output: Sequence[int],
+        params: SamplingParams,
+        *,
+        chars: int | None = None,
+        added: str | list[int] | None = None,
+        max_tokens_given: bool = True,
+    ) -> PreparedPrompt:
+        """As `prepare`, for a stream that goes on from another one's output; see `Preparer.fork`."""
+        self._require_alive()
+        return await self._preparer.fork(parent, output, params, chars=chars, added=added, max_tokens_given=max_tokens_given)
+
     async def prepare_embedding(self, prompt: str | list[int], pooling: Pooling = "last") -> PreparedPrompt:
         """As `prepare`, for one vector of the prompt, which comes with its last event."""
         self._require_alive()
@@ -117,6 +142,8 @@ class TextStreams:
         priority: int = 0,
         salt: str = "",
         credit: int | None = None,
+        fork_of: str | None = None,
+        first_branch: int = 0,
     ) -> None:
         """Submit one prompt with one id per sample; from now on `sink` gets the events of all of them.
 
@@ -131,6 +158,7 @@ class TextStreams:
         for request_id in ids:
             # Before `submit`: its first output may come before `submit` returns.
             self._streams[request_id] = TextStream(request_id, prepared, self.tokenizer, sink, now)
+        self.observer.opened(ids, prepared, salt, now)
         try:
             await self.client.submit(
                 EngineRequest(
@@ -141,16 +169,29 @@ class TextStreams:
                     salt=salt,
                     credit=credit,
                     pooling=prepared.pooling,
+                    fork_of=fork_of,
+                    first_branch=first_branch,
                 )
             )
         except BaseException:
             for request_id in ids:
                 self._streams.pop(request_id, None)
+            self.observer.refused(ids)
             raise
 
     async def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request; its last event follows. Unknown and finished ids are ignored."""
         await self.client.cancel(request_id, reason)
+
+    async def fail(self, request_id: str, code: str, message: str) -> None:
+        """End a request with an error of the protocol; its last event follows. Unknown and finished ids are ignored."""
+        if request_id in self._streams:
+            self._failing[request_id] = (code, message)
+            await self.client.cancel(request_id)
+
+    async def credit(self, request_id: str, limit: int) -> None:
+        """The reader accepts so many output tokens; at the limit the request is parked."""
+        await self.client.credit(request_id, limit)
 
     # -- out ------------------------------------------------------------------------------------------------------
 
@@ -165,6 +206,7 @@ class TextStreams:
             self._lose_all()
 
     def _dispatch(self, batch: StepBatch) -> None:
+        self.observer.batch(batch)
         by_sink: dict[Sink, list[StreamEvent]] = {}
         for output in batch.outputs:
             stream = self._streams.get(output.id)
@@ -172,12 +214,15 @@ class TextStreams:
                 if output.finish_reason is not None:
                     self._stopped.discard(output.id)
                 continue
+            if output.finish_reason is not None and (error := self._failing.pop(output.id, None)) is not None:
+                output = msgspec.structs.replace(output, finish_reason="error", error=error)  # noqa: PLW2901  # what its reader is told
             events = by_sink.setdefault(stream.sink, [])
             if stream.take(output, batch.at, events):
                 self._stopped.add(output.id)
                 self._cancel_soon(output.id)
             if stream.finished:
                 del self._streams[output.id]
+                self._observe_end(events, batch.at)
         for sink, events in by_sink.items():
             if events:
                 self._call(sink, events)
@@ -189,6 +234,11 @@ class TextStreams:
             # One reader's mistake must not end the others' streams.
             log.exception("sink_failed")
 
+    def _observe_end(self, events: list[StreamEvent], now: float) -> None:
+        last = events[-1]
+        assert isinstance(last, Finished)
+        events[-1] = self.observer.finished(last, now)
+
     def _cancel_soon(self, request_id: str) -> None:
         task = asyncio.create_task(self.client.cancel(request_id, "stop"))
         self._cancels.add(task)
@@ -199,5 +249,6 @@ class TextStreams:
         for stream in list(self._streams.values()):
             events: list[StreamEvent] = []
             stream.lose(now, events)
+            self._observe_end(events, now)
             self._call(stream.sink, events)
         self._streams.clear()

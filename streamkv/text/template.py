@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, NoReturn
+from functools import cached_property
+from typing import Any, Final, Literal, NoReturn
 
 import jinja2
 import structlog
@@ -19,6 +20,19 @@ _MAX_SOURCE: Final = 256 * 1024
 _MAX_INDENT: Final = 16
 _MAX_LOGGED: Final = 500
 _MAX_TIME_FORMAT: Final = 100
+
+_PROBE: Final = "streamkv_probe"
+_PROBE_KEY: Final = "streamkv_key"
+_PROBE_NAMES: Final = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "-")
+_PROBE_USER: Final[Mapping[str, Any]] = {"role": "user", "content": "-"}
+_PROBE_FUNCTION: Final = {"name": _PROBE, "description": "-", "parameters": {"type": "object", "properties": {}}}
+_PROBE_TOOL: Final = {"type": "function", "function": _PROBE_FUNCTION}
+_PROBE_CALLED: Final = {"name": _PROBE, "arguments": {_PROBE_KEY: "-"}}
+_PROBE_CALL: Final[Mapping[str, Any]] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "callprobe", "type": "function", "function": _PROBE_CALLED}],  # Mistral wants nine characters
+}
 
 log = structlog.get_logger(__name__)
 
@@ -48,17 +62,59 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         special_tokens: Mapping[str, str] | None = None,
     ) -> str:
         """The prompt's text.
 
+        Args:
+            messages: as `checked_messages` gives them; so are `tools`, as `checked_tools` does.
+
         Raises:
-            InvalidRequestError: the template refuses these messages (roles in the wrong order, say) or fails on them.
+            InvalidRequestError: the template refuses these messages (roles in the wrong order, say), fails on them, or has no
+                place for tools.
         """
+        called = any("tool_calls" in message for message in messages)
+        if tools and not self.has_tools:
+            raise InvalidRequestError("the model's chat template has no place for tools; send none", param="tools")
+        if called and self._call_form == "none":
+            raise InvalidRequestError("the model's chat template has no place for tool_calls; send none", param="messages")
+        if called and self._call_form == "text":
+            messages = [_with_text_arguments(message) for message in messages]
+        names = dict(special_tokens or {})
+        text = self._rendered(messages=messages, tools=tools or None, add_generation_prompt=add_generation_prompt, **names)
+        if not all(tool["function"]["name"] in text for tool in tools or ()):
+            raise InvalidRequestError("the model's chat template leaves these tools out of this conversation", param="tools")
+        return text
+
+    @cached_property
+    def has_tools(self) -> bool:
+        """True if tools reach the prompt: found out by trying."""
+        talks = ([_PROBE_USER], [{"role": "system", "content": "-"}, _PROBE_USER])
+        return any(_PROBE in self._attempt(messages=talk, tools=[_PROBE_TOOL]) for talk in talks)
+
+    @cached_property
+    def _call_form(self) -> Literal["object", "text", "none"]:
+        """How the template wants the arguments of tool calls: most write an object as JSON, some join a string."""
+        talk = [_PROBE_USER, _PROBE_CALL, {"role": "tool", "name": _PROBE, "tool_call_id": "callprobe", "content": "-"}]
+        written = self._attempt(messages=talk, tools=[_PROBE_TOOL])
+        if _PROBE_KEY in written and f"'{_PROBE_KEY}'" not in written:  # not as Python writes an object
+            return "object"
+        talk = [_with_text_arguments(message) for message in talk]
+        return "text" if _PROBE_KEY in self._attempt(messages=talk, tools=[_PROBE_TOOL]) else "none"
+
+    def _attempt(self, **names: Any) -> str:
         try:
             with bounded():
-                return self._render(messages=messages, add_generation_prompt=add_generation_prompt, **(special_tokens or {}))
+                return self._render(add_generation_prompt=True, **_PROBE_NAMES, **names)
+        except Exception:  # whatever a template does, the answer is no
+            return ""
+
+    def _rendered(self, **names: Any) -> str:
+        try:
+            with bounded():
+                return self._render(**names)
         except _RefusedError as error:
             raise InvalidRequestError(f"the model's chat template refuses: {error}", param="messages") from error
         except Exception as error:  # whatever a template does, it must stay this request's problem
@@ -68,12 +124,23 @@ class ChatTemplate:
     def _render(self, **names: Any) -> str:
         pieces: list[str] = []
         size = 0
-        for piece in self._template.generate(**names):
+        for piece in self._template.generate(documents=None, **names):
             size += len(piece)
             if size > MAX_OUTPUT:
                 raise ValueError("the rendered conversation is too long")
             pieces.append(piece)
         return "".join(pieces)
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With the arguments of its tool calls as JSON."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False)}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 class _RefusedError(jinja2.TemplateError):

@@ -28,14 +28,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.attention": ANYWHERE,
     "streamkv.backend_registry": ANYWHERE | SEAM,
     "streamkv.demo": set(),
+    "streamkv.hub": ANYWHERE,
     "streamkv.runner": ANYWHERE | VALUES | CORE | SEAM,
-    "streamkv.engine": ANYWHERE | VALUES | CORE | SEAM | {"streamkv.runner", "streamkv.backend_registry", "streamkv.demo"},
+    "streamkv.engine": ANYWHERE
+    | VALUES
+    | CORE
+    | SEAM
+    | {"streamkv.runner", "streamkv.backend_registry", "streamkv.demo", "streamkv.hub"},
     "streamkv.text": ANYWHERE | VALUES | API,
     "streamkv.outputs": VALUES,
     "streamkv.async_engine": ANYWHERE | VALUES | API | {"streamkv.engine", "streamkv.text", "streamkv.outputs"},
     "streamkv.llm": ANYWHERE | VALUES | API | {"streamkv.engine", "streamkv.async_engine", "streamkv.outputs"},
     "streamkv.protocol": ANYWHERE | VALUES | {"streamkv.text.events", "streamkv.text.tokenizer"},
-    "streamkv.server": ANYWHERE | VALUES | {"streamkv.protocol", "streamkv.text", "streamkv"},
+    "streamkv.observe": ANYWHERE | VALUES | API | {"streamkv.text"},
+    "streamkv.server": ANYWHERE | VALUES | {"streamkv.protocol", "streamkv.text", "streamkv.observe", "streamkv"},
     "streamkv.client": ANYWHERE | VALUES | {"streamkv.protocol"},
     "streamkv.cli": {"streamkv"},
     "streamkv.__main__": {"streamkv.cli"},
@@ -52,6 +58,7 @@ FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
     "streamkv.llm": {"aiohttp", "uvloop"},
     "streamkv.async_engine": {"aiohttp", "uvloop"},
     "streamkv.engine.api": {"torch", "asyncio"},
+    "streamkv.observe": {"aiohttp", "torch", "transformers"},
     "streamkv.server": {"torch", "transformers"},
     "streamkv.client": {"torch", "transformers"},
 }

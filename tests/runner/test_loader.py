@@ -51,6 +51,26 @@ def test_dtype_can_be_chosen_and_auto_takes_what_the_folder_declares(folder: Pat
         load_model(folder, dtype="int8")
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_takes_what_the_weights_are_stored_in_where_nothing_is_declared(folder: Path, stored: torch.dtype) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {name: tensor.to(stored) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert load_model(folder).dtype is stored
+
+
+def test_dtype_by_its_old_name(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["torch_dtype"] = "bfloat16"
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load_model(folder).dtype is torch.bfloat16
+    edit(folder, torch_dtype="float64")
+    assert load_model(folder, dtype="float32").dtype is torch.float32, "what is asked for counts"
+
+
 def test_dummy_weights_need_no_weights_come_from_the_seed_and_leave_the_generator_alone(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
@@ -88,39 +108,37 @@ def cut(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def with_a_tensor_more(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.layers.1.mlp.up_proj.bias": torch.zeros(192)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_integers(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.int8)}, folder / "model.safetensors", {"format": "pt"})
+
+
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "is no model folder"),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "configuration is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as JSON"),
-    "configuration is a list": (lambda folder: (folder / "config.json").write_text("[]"), "must hold a JSON object"),
-    "configuration is nested too deep": (
-        lambda folder: (folder / "config.json").write_text("[" * 100_000),
-        "cannot be read as JSON",
-    ),
+    # What the validator refuses is in test_folder.py.
     "code by auto_map": (lambda folder: edit(folder, auto_map={"AutoModel": "x.Y"}), "sets 'auto_map'"),
-    "code nested in the configuration": (lambda folder: edit(folder, text={"auto_map": {}}), "runs no code"),
-    "attention chosen by the folder": (lambda folder: edit(folder, _attn_implementation_internal="x/y"), "runs no code"),
-    "Python beside the weights": (lambda folder: (folder / "modeling.py").write_text(""), "holds Python files"),
-    "pickled weights": (with_pickled_weights_only, r"holds no \*.safetensors"),
-    "another architecture": (lambda folder: edit(folder, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel is not served"),
-    "no architecture": (lambda folder: edit(folder, architectures=None), "an unnamed architecture is not served"),
+    "pickled weights": (with_pickled_weights_only, "only pytorch_model.bin"),
+    "another architecture": (lambda folder: edit(folder, architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
     "unknown model type": (lambda folder: edit(folder, model_type="martian"), "transformers refuses"),
-    "a size that is text": (lambda folder: edit(folder, hidden_size="big"), "transformers refuses"),
-    "rope that depends on the batch": (
-        lambda folder: edit(folder, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-        "rope type 'dynamic'",
-    ),
+    "heads that do not divide": (lambda folder: edit(folder, rope_parameters="big"), "transformers refuses"),
     "a tensor is missing": (without_a_tensor, "lack 1 tensors, the first is model.layers.1.mlp.up_proj.weight"),
-    "weights are cut": (cut, "do not fit its config.json"),
-    "weights of another shape": (lambda folder: edit(folder, intermediate_size=64), "do not fit its config.json"),
-    "generation configuration is no JSON": (
-        lambda folder: (folder / "generation_config.json").write_text("nope"),
-        "generation_config.json cannot be read",
+    "a tensor too many": (
+        with_a_tensor_more,
+        "hold 1 tensors that .* no place for, the first is model.layers.1.mlp.up_proj.bias",
     ),
-    "end token is text": (
-        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}'),
-        "must be an integer",
+    "weights are cut": (cut, "is cut or has bytes"),
+    "weights of another shape": (
+        lambda folder: edit(folder, intermediate_size=64),
+        r"do not fit its config.json: model.layers.0.mlp.down_proj.weight is \(128, 192\) and should be \(128, 64\)",
     ),
+    "integers for weights": (with_integers, "model.layers.1.mlp.up_proj.weight in .* holds I8; quantised weights are not served"),
+    "made for a dtype that is not served": (lambda folder: edit(folder, dtype="float64"), "made for dtype 'float64'.*--dtype"),
+    "a dtype that there is not": (lambda folder: edit(folder, dtype="martian"), "transformers refuses"),
 }
 
 

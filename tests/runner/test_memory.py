@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ BLOCK_BYTES = 2 * 3 * 2 * 32 * 4 * 16  # keys and values, layers, KV heads, head
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    return load_model(save_tiny(tmp_path_factory.mktemp("model")))
+    # What of it is mapped is a test of its own.
+    return replace(load_model(save_tiny(tmp_path_factory.mktemp("model"))), mapped_bytes=0)
 
 
 def blocks(model: LoadedModel, **changes: Any) -> int:
@@ -77,6 +79,40 @@ def test_free_memory_respects_the_control_group(monkeypatch: pytest.MonkeyPatch,
     assert memory.free_memory(torch.device("cpu")) > 10_000_000
 
 
-def test_a_step_is_really_run_to_measure_it(model: LoadedModel) -> None:
-    small = memory.measure_step(model, load_backend("torch")[0], block_size=16, num_tokens=16)
-    assert small >= 0
+def test_page_cache_in_the_control_group_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("4000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000\nactive_file 500000\ninactive_file 2000000\nfile 9\n")
+    assert memory.free_memory(torch.device("cpu")) == 3_500_000
+
+
+def test_weights_that_lie_in_their_files_are_not_given_away(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "measure_step", lambda *_, **__: 0)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 100 * BLOCK_BYTES)
+    assert blocks(replace(model, mapped_bytes=0)) == 50
+    assert blocks(replace(model, mapped_bytes=20 * BLOCK_BYTES)) == 40
+
+
+def test_a_step_is_measured_whatever_the_peak_was_before(model: LoadedModel) -> None:
+    peak = torch.ones(100_000_000)  # 400 MB, as loading may have had
+    del peak
+    measured = memory.measure_step(model, load_backend("torch")[0], block_size=16, num_tokens=64)
+    assert 0 <= measured < 100_000_000
+
+
+def test_a_large_step_is_measured(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.ModelRunner, "warm_up", lambda *_: torch.ones(50_000_000).sum())
+    measured = memory.measure_step(model, load_backend("torch")[0], block_size=16, num_tokens=16)
+    assert 190_000_000 < measured < 300_000_000
+
+
+def test_where_the_peak_cannot_be_restarted_it_is_an_upper_bound(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "statm").write_text("9 1000 0 0 0 0 0\n")
+    (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t    9000 kB\n")
+    (tmp_path / "clear_refs").mkdir()
+    monkeypatch.setattr(memory, "_PROCESS", tmp_path)
+    measured = memory.measure_step(model, load_backend("torch")[0], block_size=16, num_tokens=16)
+    assert measured == 9000 * 1024 - 1000 * memory.resource.getpagesize()  # type: ignore[attr-defined]  # imported there

@@ -1,4 +1,4 @@
-"""Greedy tokens in float32 equal `transformers.generate`: alone, batched, chunked, cold, warm, forked and preempted."""
+"""One Llama in depth: many prompts, forks, seeds and settings of the engine; every other family is in test_families.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamkv.engine.build import build_engine
 from streamkv.engine.config import EngineConfig
 from streamkv.sampling_params import Sampling
 from tests.engine.driving import run_all
-from tests.runner.tiny import ROPES, VOCAB, generate, save_tiny
+from tests.runner.tiny import VOCAB, generate, save_tiny
 
 MAX_TOKENS = 12
 GREEDY = Sampling(max_tokens=MAX_TOKENS, temperature=0.0)
@@ -92,15 +92,6 @@ async def test_forked_samples_equal_the_single_one(model: Path, expected: list[l
     assert [outputs[i].tokens for i in ids] == [expected[index]] * 4
     # The prompt was computed once: its samples recompute one token each.
     assert stats.cached_tokens == 3 * (len(prompt) - 1)
-
-
-@pytest.mark.parametrize("rope", ROPES)
-async def test_every_rope_type(rope: str, tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path, rope)
-    prompt = prompts()[9]
-    async with build_engine(EngineConfig(model=str(folder), num_blocks=100)) as engine:
-        (output,) = (await run_all(engine, [EngineRequest(("a",), prompt, GREEDY)])).values()
-    assert output.tokens == generate(folder, prompt, MAX_TOKENS)
 
 
 async def test_seeded_samples_do_not_depend_on_the_batch(model: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from streamkv.protocol import body_structs
 from tests.server.serving import CONTEXT, VOCAB
 
 NAN: Final = float("nan")
@@ -103,75 +104,99 @@ _SHARED: Final[dict[str, list[Bad]]] = {
     "n": [Bad((*NOT_INTEGER, 0, -1, 2, 17, 16384, *HUGE))],
 }
 
-COMPLETIONS: Final[dict[str, list[Bad]]] = _SHARED | {
-    "logprobs": [Bad((*NOT_INTEGER, -1, 21, VOCAB, *HUGE))],
-    "echo": [Bad(NOT_FLAG)],
-    "prompt": [
-        Bad((None, 5, 1.5, NAN, True, {}, "", [], ["text"], [[1, 2]]), param="body.prompt*"),
-        Bad(([1.5], [NAN], [True], [None], [b"a"]), param="body.prompt[0]"),
-        Bad(tuple([1, value] for value in NOT_IDS)),
-        Bad(([1] * CONTEXT, [1] * 100_000, LONG), code="context_length_exceeded"),
-        Bad(("x" * CONTEXT,), code="context_length_exceeded", tokenised=True),
-    ],
-}
+_UNSERVED: Final = ("yes", 2, 0.5, {"a": [1]}, ["a"])
 
-CHAT: Final[dict[str, list[Bad]]] = _SHARED | {
-    "logprobs": [Bad(NOT_FLAG)],
-    "top_logprobs": [
-        Bad((*NOT_INTEGER, -1, 21, *HUGE), beside={"logprobs": True}),
-        Bad((1,)),
-        Bad((1,), beside={"logprobs": False}),
-    ],
-    "messages": [
-        Bad((None, "a", 5, 1.5, NAN, True, {}, [], _user("a") * 1025)),
-        Bad((["a"], [5], [None], [[]]), param="body.messages[0]"),
-        Bad((_user(LONG),), code="context_length_exceeded"),
-        Bad((_user("x" * CONTEXT), _user("x") * 1000), code="context_length_exceeded", tokenised=True),
-    ],
-    "messages[].role": [
-        Bad(
-            tuple([{"role": value, "content": "a"}] for value in (*NOT_TEXT, None, "", "root", LONG)),
-            param="body.messages[0].role",
-        ),
-        Bad(([{"content": "a"}], [{}]), param="body.messages[0].role"),
-    ],
-    "tools": [
-        Bad(("a", 5, 1.5, NAN, True, {})),
-        Bad(([5], ["a"], [None], [[]]), param="body.tools[0]"),
-        Bad(([{}], [{"type": "function"}], [{"type": "function", "function": {}}]), param="body.tools*"),
-    ],
-    "messages[].name": [Bad(tuple([{"role": "tool", "name": value}] for value in NOT_TEXT), param="body.messages[0].name")],
-    "messages[].tool_call_id": [
-        Bad(tuple([{"role": "tool", "tool_call_id": value}] for value in NOT_TEXT), param="body.messages[0].tool_call_id")
-    ],
-    "messages[].reasoning_content": [
-        Bad(
-            tuple([{"role": "assistant", "reasoning_content": value}] for value in NOT_TEXT),
-            param="body.messages[0].reasoning_content",
-        )
-    ],
-    "messages[].tool_calls": [
-        Bad(
-            tuple([{"role": "assistant", "tool_calls": value}] for value in ("a", 5, 1.5, NAN, True, {}, [5], [{}])),
-            param="body.messages[0].tool_calls*",
-        )
-    ],
-    "messages[].content": [
-        Bad(tuple(_user(value) for value in (5, 1.5, NAN, True, {"type": "text"})), param="body.messages[0].content"),
-        Bad(([*_user("a"), *_user(5)],), param="body.messages[1].content"),
-        Bad((_user(["a"]), _user([5])), param="body.messages[0].content[0]"),
-    ],
-    "messages[].content[].type": [
-        Bad(
-            tuple(_user([{"type": kind, "text": "a"}]) for kind in (5, None, "image_url", LONG)),
-            param="body.messages[0].content[0].type",
-        ),
-    ],
-    "messages[].content[].text": [
-        Bad(tuple(_user([{"type": "text", "text": value}]) for value in NOT_TEXT), param="body.messages[0].content[0].text"),
-        Bad((_user([{"type": "text"}]),), param="body.messages[0].content[0].text"),
-    ],
+_REFUSED: Final[dict[type, dict[str, list[Bad]]]] = {
+    kind: {
+        name: [Bad(tuple(value for value in (*_UNSERVED, True, False) if value not in harmless))]
+        for name, harmless in fields.items()
+    }
+    for kind, fields in body_structs.REFUSED.items()
 }
+"""Fields that would change the answer and are not served: anything but what they are anyway."""
+
+COMPLETIONS: Final[dict[str, list[Bad]]] = (
+    _SHARED
+    | _REFUSED[body_structs.CompletionBody]
+    | {
+        "logprobs": [Bad((*NOT_INTEGER, -1, 21, VOCAB, *HUGE))],
+        "echo": [Bad(NOT_FLAG)],
+        "prompt": [
+            Bad((None, 5, 1.5, NAN, True, {}, "", [], [""], [[]], [[True]], [[1, 2.5]]), param="body.prompt*"),
+            Bad((["a", "b"], [[1, 2], [3]], [1, "a"], ["a"] * 2000)),
+            Bad(([1.5], [NAN], [True], [None], [b"a"]), param="body.prompt[0]"),
+            Bad(tuple([1, value] for value in NOT_IDS)),
+            Bad(([1] * CONTEXT, [1] * 100_000, LONG), code="context_length_exceeded"),
+            Bad(("x" * CONTEXT,), code="context_length_exceeded", tokenised=True),
+        ],
+    }
+)
+
+CHAT: Final[dict[str, list[Bad]]] = (
+    _SHARED
+    | _REFUSED[body_structs.ChatBody]
+    | {
+        "parallel_tool_calls": [
+            Bad(NOT_FLAG),
+            Bad((False,), beside={"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        ],
+        "logprobs": [Bad(NOT_FLAG)],
+        "top_logprobs": [
+            Bad((*NOT_INTEGER, -1, 21, *HUGE), beside={"logprobs": True}),
+            Bad((1,)),
+            Bad((1,), beside={"logprobs": False}),
+        ],
+        "messages": [
+            Bad((None, "a", 5, 1.5, NAN, True, {}, [], _user("a") * 1025)),
+            Bad((["a"], [5], [None], [[]]), param="body.messages[0]"),
+            Bad((_user(LONG),), code="context_length_exceeded"),
+            Bad((_user("x" * CONTEXT), _user("x") * 1000), code="context_length_exceeded", tokenised=True),
+        ],
+        "messages[].role": [
+            Bad(
+                tuple([{"role": value, "content": "a"}] for value in (*NOT_TEXT, None, "", "root", LONG)),
+                param="body.messages[0].role",
+            ),
+            Bad(([{"content": "a"}], [{}]), param="body.messages[0].role"),
+        ],
+        "tools": [
+            Bad(("a", 5, 1.5, NAN, True, {})),
+            Bad(([5], ["a"], [None], [[]]), param="body.tools[0]"),
+            Bad(([{}], [{"type": "function"}], [{"type": "function", "function": {}}]), param="body.tools*"),
+        ],
+        "messages[].name": [Bad(tuple([{"role": "tool", "name": value}] for value in NOT_TEXT), param="body.messages[0].name")],
+        "messages[].tool_call_id": [
+            Bad(tuple([{"role": "tool", "tool_call_id": value}] for value in NOT_TEXT), param="body.messages[0].tool_call_id")
+        ],
+        "messages[].reasoning_content": [
+            Bad(
+                tuple([{"role": "assistant", "reasoning_content": value}] for value in NOT_TEXT),
+                param="body.messages[0].reasoning_content",
+            )
+        ],
+        "messages[].tool_calls": [
+            Bad(
+                tuple([{"role": "assistant", "tool_calls": value}] for value in ("a", 5, 1.5, NAN, True, {}, [5], [{}])),
+                param="body.messages[0].tool_calls*",
+            )
+        ],
+        "messages[].content": [
+            Bad(tuple(_user(value) for value in (5, 1.5, NAN, True, {"type": "text"})), param="body.messages[0].content"),
+            Bad(([*_user("a"), *_user(5)],), param="body.messages[1].content"),
+            Bad((_user(["a"]), _user([5])), param="body.messages[0].content[0]"),
+        ],
+        "messages[].content[].type": [
+            Bad(
+                tuple(_user([{"type": kind, "text": "a"}]) for kind in (5, None, "image_url", LONG)),
+                param="body.messages[0].content[0].type",
+            ),
+        ],
+        "messages[].content[].text": [
+            Bad(tuple(_user([{"type": "text", "text": value}]) for value in NOT_TEXT), param="body.messages[0].content[0].text"),
+            Bad((_user([{"type": "text"}]),), param="body.messages[0].content[0].text"),
+        ],
+    }
+)
 
 _INPUT: Final[list[Bad]] = [
     Bad((None, 5, 1.5, NAN, True, {}, "", [], ["a", "b"], [[1], [2]]), param="body.input*"),

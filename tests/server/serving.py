@@ -141,6 +141,7 @@ async def serving(
     *,
     reply: Reply | None = None,
     limits: SessionLimits | None = None,
+    grace_s: float = 0.0,
     context: int = CONTEXT,
     engine: HeldEngine | None = None,
     **config: Any,
@@ -152,7 +153,7 @@ async def serving(
     engine.start()
     try:
         async with TextStreams(engine, tokenizer) as streams:
-            server = Server(streams, replace(ServerConfig(port=0, limits=limits or SessionLimits()), **config))
+            server = Server(streams, replace(ServerConfig(port=0, limits=replace(limits or SessionLimits(), grace_s=grace_s)), **config))
             async with server.listening(), aiohttp.ClientSession() as http:
                 yield Serving(server, streams, engine, tokenizer, http)
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streamkv.protocol import bodies
+from streamkv.protocol import bodies, body_structs
 from streamkv.protocol import messages as m
 from tests.server.bad_values import BODIES, CHAT, HELLO, MESSAGES, VALID, VALID_BODY, Bad, encoded_fields, writable
 from tests.server.serving import Raw, Serving, serving
@@ -113,9 +113,9 @@ def test_the_tables_name_every_field_that_exists():
     assert set(bodies.APIS) == set(BODIES) == set(VALID_BODY)
     for api, struct in bodies.APIS.items():
         assert {field for field in BODIES[api] if "[" not in field} == set(encoded_fields(struct)), f"fields of {api}"
-    assert {f"messages[].{name}" for name in encoded_fields(bodies._ChatMessage)} == {
+    assert {f"messages[].{name}" for name in encoded_fields(body_structs.ChatMessage)} == {
         field for field in CHAT if field.count("[]") == 1
     }
-    assert {"messages[].content[].type", *(f"messages[].content[].{name}" for name in encoded_fields(bodies._TextPart))} == {
+    assert {"messages[].content[].type", *(f"messages[].content[].{name}" for name in encoded_fields(body_structs.TextPart))} == {
         field for field in CHAT if field.count("[]") == 2
     }

@@ -92,7 +92,7 @@ async def test_a_server_that_goes_away_ends_the_program_in_one_sentence():
         chat.type("hi\n")
         await eventually(lambda: bool(served.engine.live))
         (connection,) = served.server.stream_door.connections
-        connection._abort("test")
+        connection.abort("test")
         await chat.expect("streamkv: the server closed the connection")
         assert await chat.exit_status() == 1
         assert "Traceback" not in chat.seen

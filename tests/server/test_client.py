@@ -185,7 +185,7 @@ async def test_a_lost_connection_ends_everything_that_waits_and_everything_that_
         stream = client.complete("abc", max_tokens=100)
         await eventually(lambda: stream.num_tokens == 2)
         (connection,) = served.server.stream_door.connections
-        connection._abort("test")
+        connection.abort("test")
         with pytest.raises(ClientConnectionError):
             await stream.result()
         assert stream.text == "ab"
@@ -199,7 +199,7 @@ async def test_a_ping_on_its_way_ends_with_the_connection():
     async with serving() as served, connect(served.url) as client:
         (connection,) = served.server.stream_door.connections
         ping = asyncio.create_task(client.ping())
-        connection._abort("test")
+        connection.abort("test")
         with pytest.raises(ClientConnectionError):
             await ping
 
@@ -272,8 +272,8 @@ async def test_a_server_that_closes():
 
 async def test_a_server_that_goes_mad_later():
     async def mad(socket: web.WebSocketResponse) -> None:
-        limits = {"streams": 1, "queue": 1, "frame": 1000, "hello_s": 1}
-        welcome = {"t": "welcome", "session": "s", "epoch": "e", "server": "x", "models": [], "limits": limits, "heartbeat_s": 1}
+        limits = {"streams": 1, "queue": 1, "window": 8, "frame": 1000, "hello_s": 1, "ring": 8}
+        welcome = {"t": "welcome", "session": "s", "epoch": "e", "server": "x", "models": [], "limits": limits, "heartbeat_s": 1, "grace_s": 1, "resume_s": 1}
         await socket.send_json(welcome)
         await socket.receive()
         await socket.send_str("not a message")

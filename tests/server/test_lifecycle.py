@@ -187,7 +187,7 @@ async def fill(raw: Raw, connection: Connection) -> None:
             await asyncio.sleep(0)
 
     asking = asyncio.create_task(ask())
-    await eventually(lambda: connection._aborted or connection._request.protocol._drain_waiter is not None)
+    await eventually(lambda: connection.aborted or connection._request.protocol._drain_waiter is not None)
     asking.cancel()
     await asyncio.wait({asking})
 
@@ -219,14 +219,14 @@ async def test_who_is_behind_by_too_much_text_is_aborted_at_once():
             stop_reading(raw)
             await fill(raw, connection)
             worst = 0
-            look = connection.session._outbox.text
+            look = connection.live.session._outbox.text
 
             def watched(*arguments: Any) -> None:
                 nonlocal worst
                 look(*arguments)
-                worst = max(worst, connection.session._outbox.bytes)
+                worst = max(worst, connection.live.session._outbox.bytes)
 
-            connection.session._outbox.text = watched  # type: ignore[method-assign]  # to watch, not to change
+            connection.live.session._outbox.text = watched  # type: ignore[method-assign]  # to watch, not to change
             await served.engine.release()
             await eventually(lambda: len(served.server.stream_door.connections) == 1)
             assert 2048 < worst < 2048 + 64

@@ -30,7 +30,7 @@ async def test_a_port_in_use_is_named() -> None:
 async def test_an_address_of_another_machine_is_refused() -> None:
     async with serving() as running:
         with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0"):
-            await listen(Server(running.streams, ServerConfig(host="192.0.2.1", port=0)))
+            await listen(Server(running.streams, ServerConfig(host="192.0.2.1", port=0, insecure_no_auth=True)))
 
 
 @pytest.mark.parametrize("setting", [{"port": -1}, {"port": 65536}, {"max_connections": 0}], ids=str)

@@ -218,7 +218,7 @@ async def test_a_connection_lost_while_the_engine_takes_its_request_leaves_nothi
             await eventually(lambda: bool(served.engine.requests))
             (connection,) = served.server.stream_door.connections
             raw.socket._writer.transport.abort()
-            await eventually(lambda: connection.session.closed)
+            await eventually(lambda: connection.live.session.closed)
         event.set()
         await eventually(lambda: not served.server.stream_door.connections)
         await served.quiet()
@@ -260,7 +260,7 @@ async def test_a_silent_stream_tells_its_state_and_the_connection_sleeps_meanwhi
         await raw.wait_for_type("delta", "a")
         raw._early.clear()
         for _ in range(3):
-            assert (await raw.wait_for_type("status", "a"))["state"] == "decode"
+            assert (await raw.wait_for_type("status", "a"))["state"] == "stalled"
             assert (await raw.wait_for_type("status", "b"))["state"] == "queued"
         await raw.send(t="cancel", id="a")
         assert (await raw.wait_for_type("done", "a"))["o"] == 1
@@ -274,16 +274,16 @@ async def test_a_stream_that_waits_for_its_first_token_costs_no_cpu():
         await raw.wait_for_type("accepted", "s")
         (connection,) = served.server.stream_door.connections
         looks = 0
-        look = connection.session.next_message
+        look = connection.live.session.next_message
 
         def counted(*args: Any, **options: Any) -> Any:
             nonlocal looks
             looks += 1
             return look(*args, **options)
 
-        connection.session.next_message = counted  # type: ignore[method-assign]  # to count, not to change
-        stream = connection.session._streams["s"]
-        connection.session._outbox.status(stream, _status("s"))
+        connection.live.session.next_message = counted  # type: ignore[method-assign]  # to count, not to change
+        stream = connection.live.session._streams["s"]
+        connection.live.session._outbox.status(stream, _status("s"))
         connection._wake.set()
         await raw.wait_for_type("status", "s")
         for _ in range(50):
@@ -301,14 +301,14 @@ async def test_asking_without_reading_the_answers_stops_being_read():
     async with serving(limits=SessionLimits(control=8), send_timeout_s=60.0) as served, served.raw() as raw:
         (connection,) = served.server.stream_door.connections
         longest = 0
-        say = connection.session._outbox.say
+        say = connection.live.session._outbox.say
 
         def watched(message: Any) -> None:
             nonlocal longest
             say(message)
-            longest = max(longest, len(connection.session._outbox._control))
+            longest = max(longest, len(connection.live.session._outbox._control))
 
-        connection.session._outbox.say = watched  # type: ignore[method-assign]  # to watch, not to change
+        connection.live.session._outbox.say = watched  # type: ignore[method-assign]  # to watch, not to change
         for _ in range(2000):
             await raw.send(t="ping", ts=1.0)
         for _ in range(2000):

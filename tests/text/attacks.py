@@ -219,6 +219,8 @@ GROWTH = [
     "[range(99999)|list] * 99999",
 ]
 
+NESTED = "{% set x = ['lol'] %}{% set y = ['lol'] %}" + "{% set x = [x, x] %}{% set y = [y, y] %}" * 50
+
 BLOCKS = {
     "nested loops with output": "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
     "nested loops in silence": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -252,6 +254,15 @@ BLOCKS = {
     + "{% set x = (x, x) %}" * 50
     + "{{ (x ~ '')|length }}{{ x|string|length }}",
     "billion laughs, refused": "{% set x = ['lol'] %}" + "{% set x = [x, x] %}" * 50 + "{{ raise_exception(x) }}",
+    "comparing what is nested": NESTED + "{{ x == y }}",
+    "comparing tuples": NESTED.replace("[", "(").replace("]", ",)") + "{{ x == y }}",
+    "comparing inside a list": NESTED + "{{ x in [y] }}{{ [y].index(x) }}{{ [y].count(x) }}",
+    "comparing with a test": NESTED + "{{ x is eq(y) }}{{ [x]|selectattr(0, 'eq', y)|list|length }}",
+    "comparing to sort": NESTED + "{{ [x, y]|sort|length }}{{ [x, y]|unique|list|length }}{{ ([x, y]|max)|length }}",
+    "comparing in a condition": NESTED + "{% if x != y %}a{% elif x < y %}b{% else %}c{% endif %}{{ 'd' if x >= y }}",
+    "comparing in a loop": NESTED + "{% for z in [x] if z == y %}a{% endfor %}{{ loop }}",
+    "hashing what is nested": NESTED.replace("[", "(").replace("]", ",)") + "{{ {x: 1}|length }}{{ {'a': 1}[x] }}{{ x in {} }}",
+    "hashing through calls": NESTED.replace("[", "(").replace("]", ",)") + "{{ {'a': 1}.get(x) }}{{ dict([(x, 1)])|length }}",
     "slow calls in a loop": "{% set x = 'ab' * 10**6 %}{% for i in range(99999) %}{% set y = x.replace('a', 'b') %}{% endfor %}",
     "slow filters in a row": "{% set x = 'ab' * 10**6 %}" + "{% set y = x|replace('a', 'bb')|upper|e %}" * 5000,
     "import": "{% import 'os' as os %}{{ os }}",

@@ -25,13 +25,21 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-KINDS = ("byte_level", "byte_fallback", "wordpiece", "unigram")
+KINDS = ("byte_level", "byte_fallback", "wordpiece", "unigram", "gemma", "prefix_space", "odd_words")
 
 
 @cache
 def raw(kind: str) -> Tokenizer:
     """The library's tokenizer of one kind; do not change it."""
-    return {"byte_level": _byte_level, "byte_fallback": _byte_fallback, "wordpiece": _wordpiece, "unigram": _unigram}[kind]()
+    return {
+        "byte_level": _byte_level,
+        "byte_fallback": _byte_fallback,
+        "wordpiece": _wordpiece,
+        "unigram": _unigram,
+        "gemma": _gemma,
+        "prefix_space": _prefix_space,
+        "odd_words": _odd_words,
+    }[kind]()
 
 
 @cache
@@ -92,4 +100,28 @@ def _unigram() -> Tokenizer:
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=_special(), unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator(LINES, trainer)
+    return tokenizer
+
+
+def _gemma() -> Tokenizer:
+    """As Gemma: spaces replaced by a normalizer, bytes for what is not in the vocabulary, nothing stripped or put in front."""
+    tokenizer = Tokenizer.from_str(_byte_fallback().to_str())
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _prefix_space() -> Tokenizer:
+    """As GPT-2 with add_prefix_space: the first word has a space of its own."""
+    tokenizer = Tokenizer.from_str(_byte_level().to_str())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def _odd_words() -> Tokenizer:
+    """Byte level with added words that are no bytes of its alphabet, or only by chance."""
+    tokenizer = Tokenizer.from_str(_byte_level().to_str())
+    tokenizer.add_tokens([AddedToken("é"), AddedToken("日本 語"), AddedToken("Ġ🙂")])
+    tokenizer.add_special_tokens([AddedToken("«é»", special=True), AddedToken("<|🦀|>", special=True)])
     return tokenizer

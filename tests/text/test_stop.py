@@ -14,19 +14,22 @@ stop_lists = st.lists(st.text(letters, min_size=1, max_size=4), min_size=1, max_
 cut_texts = st.lists(st.text(letters, max_size=4), max_size=12)
 
 
-def oracle(text: str, stops: list[str]) -> tuple[str, bool]:
-    """One character after the other: the first stop string to complete ends the text; of several, the longest."""
-    for end in range(1, len(text) + 1):
+def oracle(text: str, stops: list[str], *, include: bool = False, unarmed: int = 0) -> tuple[str, bool]:
+    """One character after the other: the first stop string to complete ends the text; of several, the longest.
+
+    Before `unarmed` characters none counts.
+    """
+    for end in range(unarmed + 1, len(text) + 1):
         done = [stop for stop in stops if text[:end].endswith(stop)]
         if done:
-            return text[: end - max(map(len, done))], True
+            return text[: end if include else end - max(map(len, done))], True
     return text, False
 
 
-def stream(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
-    """Everything released, piece by piece and then at the end."""
-    finder = StopStrings(stops)
-    released = [finder.push(piece) for piece in pieces]
+def stream(pieces: list[str], stops: list[str], *, include: bool = False, unarmed: int = 0) -> tuple[list[str], bool]:
+    """Everything released, piece by piece and then at the end; the first `unarmed` pieces cannot end the text."""
+    finder = StopStrings(stops, include=include)
+    released = [finder.push(piece, armed=index >= unarmed) for index, piece in enumerate(pieces)]
     return [*released, finder.finish()], finder.stopped
 
 
@@ -52,10 +55,48 @@ def test_examples(stops: list[str], pieces: list[str], expected: str) -> None:
     assert "".join(stream(pieces, stops)[0]) == expected
 
 
-@given(pieces=cut_texts, stops=stop_lists)
-def test_as_the_oracle_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
-    released, stopped = stream(pieces, stops)
-    assert ("".join(released), stopped) == oracle("".join(pieces), stops)
+@given(pieces=cut_texts, stops=stop_lists, include=st.booleans(), unarmed=st.integers(0, 6))
+def test_as_the_oracle_however_the_text_is_cut(pieces: list[str], stops: list[str], include: bool, unarmed: int) -> None:
+    released, stopped = stream(pieces, stops, include=include, unarmed=unarmed)
+    before = len("".join(pieces[:unarmed]))
+    assert ("".join(released), stopped) == oracle("".join(pieces), stops, include=include, unarmed=before)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "unarmed", "expected", "stopped"),
+    [
+        (["STOP"], ["a STOP b", " STOP c"], 1, "a STOP b ", True),  # the first that counts
+        (["STOP"], ["a ST", "OP c"], 1, "a ", True),  # begun before, completed after
+        (["STOP"], ["a STOP", " b"], 1, "a STOP b", False),
+        (["aa"], ["aa", "a"], 1, "a", True),  # the end of one that did not count
+        (["abc", "b"], ["ab", "x"], 1, "abx", False),  # in what was held back
+        (["abc", "b"], ["ab", "c"], 1, "", True),
+        (["STOP"], ["STOP", "STOP"], 2, "STOPSTOP", False),
+    ],
+)
+def test_stops_count_once_they_are_armed(stops: list[str], pieces: list[str], unarmed: int, expected: str, stopped: bool) -> None:
+    released, found = stream(pieces, stops, unarmed=unarmed)
+    assert ("".join(released), found) == (expected, stopped)
+
+
+def test_text_that_passed_unarmed_is_released_at_once() -> None:
+    finder = StopStrings(["STOP"])
+    assert finder.push("a STOP b", armed=False) == "a STOP b"
+    assert finder.push(" ST", armed=False) == " "
+    assert finder.push("x") == "STx"
+    assert StopStrings(["longer", "ab"]).push("ab", armed=False) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "expected"),
+    [
+        (["STOP"], ["one ST", "OP two"], "one STOP"),
+        (["STOP", "ST"], ["one STOP"], "one ST"),
+        (["bc", "abc"], ["a", "bc", "d"], "abc"),
+    ],
+)
+def test_the_text_can_end_with_the_stop_string(stops: list[str], pieces: list[str], expected: str) -> None:
+    assert "".join(stream(pieces, stops, include=True)[0]) == expected
 
 
 @given(pieces=cut_texts, stops=stop_lists)

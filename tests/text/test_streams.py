@@ -281,7 +281,7 @@ async def test_a_stop_string_in_what_only_the_end_makes_certain_is_a_stop() -> N
     async with hub(_recite(tokens), tokenizer=text_tokenizer("byte_fallback")) as streams:
         await start(streams, "a", sink=screen, stop=("🦀",), max_tokens=len(tokens))
         finished = await screen.end("a")
-    assert screen.text("a") == "dog"
+    assert screen.text("a") == " dog", "after the prompt a word keeps its space"
     assert (finished.finish_reason, finished.completion_tokens) == ("stop", len(tokens))
 
 

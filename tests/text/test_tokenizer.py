@@ -215,3 +215,26 @@ def test_unusable_folders_say_what_is_wrong(tmp_path: Path, files: dict[str, str
         (tmp_path / name).write_text(raw("byte_level").to_str() if content is None else content)
     with pytest.raises(ModelLoadError, match=match):
         load_tokenizer(tmp_path)
+
+
+# -- bad words --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_word_is_every_sequence_that_writes_it(kind: str) -> None:
+    tokenizer = text_tokenizer(kind)
+    found = tokenizer.bad_word_ids("dog")
+    assert len(set(found)) == len(found)
+    assert all(found)
+    for text in ("dog", "the dog", "\ndog"):
+        tokens = tokenizer.encode(text)
+        assert any(tuple(tokens[-len(ids) :]) == ids for ids in found), text
+    assert {tokenizer.decode(ids).strip() for ids in found} == {"dog"}
+    assert tokenizer.bad_word_ids(" dog ") == found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_words_hold_no_special_tokens(kind: str) -> None:
+    for word in ("<s>", "<|im_end|>", " "):
+        assert control(kind, [token for ids in text_tokenizer(kind).bad_word_ids(word) for token in ids]) == []
+    assert () not in text_tokenizer(kind).bad_word_ids("")

@@ -1,0 +1,241 @@
+"""One stream as a session keeps it: its state, its output that has not been sent, and what could be sent once more."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, Literal
+
+from streamkv.protocol import messages as m
+from streamkv.protocol.ring import Ring
+from streamkv.sampling_params import TokenLogprobs
+
+__all__ = ["STREAM_MOVES", "OutStream", "SessionLimits", "StreamState"]
+
+
+class StreamState(Enum):
+    """Where a stream is. Whether its client is connected is another question: `OutStream.attached`."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    STALLED = "stalled"
+    """Its client accepts no further token now."""
+    PREEMPTED = "preempted"
+    CANCELLING = "cancelling"
+    DONE = "done"
+
+
+_LIVE: Final = frozenset(StreamState) - {StreamState.QUEUED}
+STREAM_MOVES: Final[dict[StreamState, frozenset[StreamState]]] = {
+    StreamState.QUEUED: _LIVE,
+    StreamState.PREFILL: _LIVE,
+    StreamState.DECODE: _LIVE,
+    StreamState.STALLED: _LIVE,
+    StreamState.PREEMPTED: _LIVE,
+    StreamState.CANCELLING: frozenset({StreamState.DONE}),
+    StreamState.DONE: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Bounds of one session (docs/protocol.md, "Limits").
+
+    Attributes:
+        streams: streams that may run at once; further ones wait here.
+        queue: streams that may wait.
+        frame: most bytes of an inbound frame.
+        outbound: bytes of text that may wait for a slow reader.
+        control: answers to the client's own frames that may wait; beyond, its frames are not read.
+        flush_tokens, flush_bytes, flush_s, flush_busy_s: after its first token a stream's text is sent at this many tokens,
+            bytes or seconds, whichever comes first; the longer time counts while other frames are waiting.
+        heartbeat_s: a stream that has sent nothing for this long sends its status.
+        window: tokens that clients are advised to accept ahead of what they have consumed.
+        ring: most tokens of a stream that are kept for a resume; beyond, the oldest are forgotten.
+        retained: bytes that one session may keep for resumes and forks; beyond, the oldest finished streams are forgotten.
+        grace_s: how long a stream goes on without a connection, within its credit.
+        resume_s: how long a finished stream is kept for a resume or a fork.
+        stall_s: a stream whose client accepts nothing for this long is ended.
+    """
+
+    streams: int = 64
+    queue: int = 256
+    frame: int = 1 << 20
+    hello_s: float = 5.0
+    outbound: int = 256 * 1024
+    control: int = 256
+    flush_tokens: int = 8
+    flush_bytes: int = 512
+    flush_s: float = 0.020
+    flush_busy_s: float = 0.050
+    heartbeat_s: float = 20.0
+    window: int = 1024
+    ring: int = 4096
+    retained: int = 8 << 20
+    grace_s: float = 15.0
+    resume_s: float = 60.0
+    stall_s: float = 120.0
+
+
+class OutStream:
+    """One stream and its output. Owner: its session and that one's outbox.
+
+    Attributes:
+        key: its name between session and shell.
+        kept: bytes that it was counted with when it was retained.
+        base: offset of its first token: 0, or where a fork has left its parent.
+        offset: tokens cut into chunks so far, from the family's first token on.
+        attached: the connected client gets its output; a new connection resumes it first.
+        credit: absolute offset that the client accepts; None = no limit.
+        output: its own token ids, for forks.
+        record: whatever the shell needs to fork it; None before it was opened.
+        body: (api, the body as it came), for forks.
+    """
+
+    __slots__ = (
+        "attached",
+        "base",
+        "body",
+        "chars",
+        "count",
+        "credit",
+        "end",
+        "first_at",
+        "id",
+        "keeps",
+        "kept",
+        "key",
+        "logprobs",
+        "offset",
+        "opened",
+        "output",
+        "pieces",
+        "prompt",
+        "record",
+        "replay",
+        "ring",
+        "said_at",
+        "said_of_prompt",
+        "sent",
+        "since",
+        "size",
+        "state",
+        "status",
+        "told",
+        "weight",
+    )
+
+    def __init__(
+        self, stream_id: str, now: float, *, key: str = "", base: int = 0, credit: int | None = None, keeps: bool = True
+    ) -> None:
+        """A new stream, attached. `keeps`: it lives on for a while when the connection is lost."""
+        self.id = stream_id
+        self.key = key
+        self.kept = 0
+        self.state = StreamState.QUEUED
+        self.attached = True
+        self.keeps = keeps
+        self.opened = False  # `accepted` is on its way; before, nothing of the stream is sent
+        self.base = base
+        self.credit = credit
+        self.offset = base
+        self.chars = 0  # of all text so far
+        self.count = 0  # tokens waiting
+        self.pieces: list[str] = []
+        self.size = 0  # bytes of text waiting
+        self.weight = 0  # bytes of everything waiting
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt: deque[m.Prompt] = deque()  # log-probabilities of the prompt, sent before any text
+        self.said_of_prompt: list[m.Prompt] = []
+        self.ring = Ring(base)
+        self.replay: deque[m.Delta] = deque()
+        self.first_at = 0.0  # when the oldest waiting piece came
+        self.said_at = now  # when the writer last took something
+        self.since = now  # when it was detached, stalled, or ended: whatever its next time limit counts from
+        self.sent = False  # the first token has gone out
+        self.told: Literal["queued", "prefill", "decode", "stalled", "preempted"] = "queued"  # the state that the client knows
+        self.status: m.Status | None = None
+        self.end: m.Done | m.Error | None = None
+        self.output: array[int] = array("i")
+        self.record: Any = None
+        self.body: tuple[str, dict[str, Any]] | None = None
+
+    def move(self, state: StreamState) -> None:
+        """The only way to change the state."""
+        assert state in STREAM_MOVES[self.state], f"stream {self.id}: {self.state.value} -> {state.value}"
+        self.state = state
+
+    # -- sending --------------------------------------------------------------------------------------------------
+
+    def due(self, limits: SessionLimits, busy: bool) -> float:
+        """When what waits should be sent; -inf = now, inf = not before something comes."""
+        if self.status is not None or self.end is not None or self.prompt or self.replay:
+            return float("-inf")
+        if not self.has_text:
+            return float("inf")
+        if not self.sent or self.count >= limits.flush_tokens or self.size >= limits.flush_bytes:
+            return float("-inf")
+        return self.first_at + (limits.flush_busy_s if busy else limits.flush_s)
+
+    @property
+    def has_text(self) -> bool:
+        """True if a chunk can be cut. Text without tokens waits for the next ones, so that offsets tell chunks apart."""
+        return bool(self.count) or (bool(self.pieces) and (self.end is not None or self.offset == self.base))
+
+    @property
+    def has_output(self) -> bool:
+        """True if anything waits."""
+        return self.has_text or bool(self.prompt) or bool(self.replay) or self.status is not None or self.end is not None
+
+    def take(self) -> m.Delta:
+        """All text that waits, as one chunk, which is kept for a resume."""
+        logprobs = [plain_logprobs(entry) for entry in self.logprobs] or None
+        chunk = m.Delta(self.id, self.offset, self.count, "".join(self.pieces), lp=logprobs)
+        self.offset += self.count
+        self.chars += len(chunk.x)
+        self.ring.push(chunk, self.weight, self.chars)
+        self.count = self.size = self.weight = 0
+        self.pieces.clear()
+        self.logprobs.clear()
+        self.sent = True
+        return chunk
+
+    # -- resuming -------------------------------------------------------------------------------------------------
+
+    def resume(self, offset: int) -> bool:
+        """Send again from a token offset on; False if that cannot be done exactly, and then nothing changes."""
+        chunks = self.ring.since(offset)
+        if chunks is None:
+            return False
+        self.replay = deque(chunks)
+        if offset == self.base:
+            self.prompt = deque([*self.said_of_prompt, *self.prompt])
+            self.said_of_prompt = []
+        self.confirm(offset)
+        return True
+
+    def confirm(self, ack: int) -> None:
+        """The client has the tokens before this offset for good."""
+        self.ring.trim(ack)
+        if ack > self.base:
+            self.said_of_prompt = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Offset behind the last token that has come from the engine with its text."""
+        return self.offset + self.count
+
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory, roughly."""
+        body = 0 if self.record is None else 4096
+        prompts = 100 * sum(len(frame.lp) for frame in (*self.said_of_prompt, *self.prompt))
+        return self.weight + self.ring.bytes + self.output.itemsize * len(self.output) + prompts + body
+
+
+def plain_logprobs(entry: TokenLogprobs) -> dict[str, Any]:
+    """As the wire has it."""
+    return {"chosen": entry.chosen, "rank": entry.rank, "top": [[token, value] for token, value in entry.top]}

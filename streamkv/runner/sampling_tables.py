@@ -1,0 +1,269 @@
+"""Sampling as the runner sees it: parameters by row, and one call per step for all rows of a batch.
+
+What depends only on which rows are in the batch is worked out once and kept until that changes: on the way from logits to tokens
+there is no loop over requests, and a feature that no row uses is not there at all. The logits are copied once, to float32, and
+changed in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from streamkv.runner.logits_processor import LogitsProcessor
+from streamkv.runner.params import RowParams
+from streamkv.runner.philox import uniform
+from streamkv.runner.sampler import CHUNK, draw, inverse_cdf, most_probable, num_chunks, pick
+from streamkv.runner.sampling_cuts import Cuts
+from streamkv.runner.sampling_history import PenaltyBatch, PenaltyTables
+from streamkv.runner.sampling_logprobs import position_logprobs
+from streamkv.runner.sampling_masks import MaskBatch, MaskTables
+from streamkv.sampling_params import TokenLogprobs
+
+__all__ = ["RowSampler"]
+
+_Ints = npt.NDArray[np.int64]
+
+_COLDEST: Final = 1e-30
+"""Division by less could overflow; long before, only the most probable token has any weight."""
+
+_PARAMETERS: Final = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_k", np.int64),
+        ("top_p", np.float64),
+        ("min_p", np.float64),
+        ("typical_p", np.float64),
+        ("seed", np.int64),
+        ("branch", np.int64),
+        ("logprobs", np.int64),  # -1 = none
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What stays as long as the batch has the same rows. Entries are indices into the batch.
+
+    Attributes:
+        temperature: float32 [num_rows, 1], 1 for greedy rows; None = all 1.
+        greedy, plain, cut: entries that take the most probable token, that draw from all, and that cut first.
+        seed, branch: int64 [num_rows].
+        processors: each with the entries that asked for it and their rows.
+    """
+
+    rows: _Ints
+    temperature: torch.Tensor | None
+    greedy: torch.Tensor
+    plain: torch.Tensor
+    cut: torch.Tensor
+    cuts: Cuts
+    seed: torch.Tensor
+    branch: torch.Tensor
+    penalties: PenaltyBatch | None
+    masks: MaskBatch | None
+    processors: list[tuple[LogitsProcessor, torch.Tensor, _Ints]]
+
+
+class RowSampler:
+    """Owns parameters and history of every row. Lives in the runner's one thread."""
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        max_len: int,
+        vocab_size: int,
+        device: torch.device,
+        processors: Mapping[str, LogitsProcessor] | None = None,
+    ) -> None:
+        """Empty tables.
+
+        Args:
+            max_len: most tokens of a row, prompt and output.
+            processors: logits processors that requests may ask for, by name, in the order in which they are applied.
+        """
+        self._vocab_size = vocab_size
+        self._max_len = max_len
+        self._width = num_chunks(vocab_size) * CHUNK
+        self._device = device
+        self._processors = dict(processors or {})
+        self._parameters = np.zeros(num_rows, _PARAMETERS)
+        self._length = np.zeros(num_rows, np.int64)
+        self._penalties = PenaltyTables(num_rows, max_len, vocab_size)
+        self._masks = MaskTables(num_rows, max_len, vocab_size)
+        self._asked = {name: np.zeros(num_rows, bool) for name in self._processors}  # by processor: rows that use it
+        self._batch: _Batch | None = None
+        self._logits = torch.empty((0, self._width), device=device)  # private copy, as many rows as were ever sampled at once
+
+    def admit(self, row: int, params: RowParams) -> None:
+        """A request takes over a row: a new one, or one that was preempted and comes back with its output."""
+        sampling = params.sampling
+        self._batch = None
+        self._length[row] = len(params.tokens)
+        self._parameters[row] = (
+            sampling.temperature,
+            sampling.top_k if sampling.top_k < self._vocab_size else 0,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.typical_p,
+            sampling.seed,
+            params.branch,
+            -1 if sampling.logprobs is None else sampling.logprobs,
+        )
+        self._penalties.admit(row, sampling, params.tokens, params.num_prompt)
+        self._masks.admit(row, sampling, params.tokens, params.num_prompt)
+        wanted = dict(sampling.processors)
+        for name, asked in self._asked.items():
+            asked[row] = name in wanted
+            if asked[row]:
+                self._processors[name].admit(row, wanted[name], params.tokens, params.num_prompt)
+
+    def append(self, rows: _Ints, tokens: Sequence[int]) -> None:
+        """The sampled tokens become part of their rows' history; called once the whole step has succeeded.
+
+        Args:
+            rows: [num_rows], each at most once.
+            tokens: one per row.
+        """
+        positions = self._length[rows]
+        room = positions < self._max_len  # a row may be sampled once more after its end
+        rows, positions, added = rows[room], positions[room], np.asarray(tokens, np.int64)[room]
+        self._length[rows] += 1
+        self._penalties.append(rows, added)
+        self._masks.append(rows, positions, added)
+        for name, asked in self._asked.items():
+            own = asked[rows]
+            if own.any():
+                self._processors[name].append(rows[own], added[own])
+
+    @torch.inference_mode()
+    def sample(self, rows: _Ints, positions: _Ints, logits: torch.Tensor) -> torch.Tensor:
+        """One token per row. Changes no state.
+
+        Args:
+            rows: [n], each at most once.
+            positions: [n], of the sampled tokens in their sequences.
+            logits: [n, vocab_size], any float dtype; not changed.
+
+        Returns:
+            [n] int64, always a token of the model. A row with NaN or Inf gives an arbitrary one; callers drop it. Where masks
+            leave no token, it is the model's most probable one.
+        """
+        batch = self._batch_of(rows)
+        work = self._copy(logits)
+        self._change(batch, work, positions)
+        chunked = work.view(len(rows), -1, CHUNK)
+        maxima = chunked.amax(dim=-1)
+        self._refill_empty_rows(chunked, maxima, logits)
+        if batch.temperature is not None:
+            work.div_(batch.temperature)
+            maxima.div_(batch.temperature)  # rounded alike, so they still are the maxima
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if len(batch.greedy):
+            tokens[batch.greedy] = most_probable(pick(chunked, batch.greedy), pick(maxima, batch.greedy))
+        if len(batch.plain) or len(batch.cut):
+            uniforms = uniform(batch.seed, batch.branch, torch.from_numpy(positions).to(self._device))
+            if len(batch.plain):
+                part = pick(chunked, batch.plain)
+                weights = torch.softmax(part.flatten(1), dim=-1).view_as(part)
+                tokens[batch.plain] = inverse_cdf(weights, uniforms[batch.plain])
+            if len(batch.cut):
+                part = pick(chunked, batch.cut)
+                tokens[batch.cut] = draw(part, pick(maxima, batch.cut), batch.cuts, uniforms[batch.cut])
+        return tokens.clamp_(0, self._vocab_size - 1)
+
+    def _copy(self, logits: torch.Tensor) -> torch.Tensor:
+        """[num_rows, width] float32, -inf where there is no token; one buffer for all steps: fresh pages cost as much."""
+        if len(self._logits) < len(logits):
+            self._logits = torch.full((len(logits), self._width), -torch.inf, device=self._device)
+        work = self._logits[: len(logits)]
+        work[:, : self._vocab_size] = logits
+        return work
+
+    def _change(self, batch: _Batch, work: torch.Tensor, positions: _Ints) -> None:
+        """Penalties, bias, masks and processors, in place."""
+        if batch.penalties is not None:
+            self._penalties.apply(batch.penalties, work)
+        if batch.masks is not None:
+            self._masks.apply(batch.masks, work, positions)
+        tokens = work[:, : self._vocab_size]
+        for processor, entries, rows in batch.processors:
+            tokens[entries] = processor.apply(rows, tokens[entries])
+
+    def _refill_empty_rows(self, chunked: torch.Tensor, maxima: torch.Tensor, logits: torch.Tensor) -> None:
+        """Where nothing may be sampled, only the model's most probable token may."""
+        empty = (maxima.amax(dim=-1) == -torch.inf).nonzero().flatten()
+        if len(empty):
+            tokens = logits[empty].argmax(dim=-1)
+            chunked[empty, tokens // CHUNK, tokens % CHUNK] = 0.0
+            maxima[empty, tokens // CHUNK] = 0.0
+
+    def _batch_of(self, rows: _Ints) -> _Batch:
+        batch = self._batch
+        if batch is None or not np.array_equal(batch.rows, rows):
+            batch = self._batch = self._make_batch(rows)
+        return batch
+
+    def _make_batch(self, rows: _Ints) -> _Batch:
+        own = self._parameters[rows]
+        greedy = own["temperature"] == 0
+        temperature = np.where(greedy, 1.0, np.maximum(own["temperature"], _COLDEST)).astype(np.float32)
+        cut = (own["top_k"] > 0) | (own["top_p"] < 1) | (own["min_p"] > 0) | (own["typical_p"] < 1)
+        entries = np.flatnonzero(cut & ~greedy)
+        cuts = own[entries]
+        processors = [(name, np.flatnonzero(asked[rows])) for name, asked in self._asked.items() if asked[rows].any()]
+        return _Batch(
+            rows=rows.copy(),
+            temperature=self._tensor(temperature)[:, None] if (temperature != 1).any() else None,
+            greedy=self._tensor(np.flatnonzero(greedy)),
+            plain=self._tensor(np.flatnonzero(~cut & ~greedy)),
+            cut=self._tensor(entries),
+            cuts=Cuts(
+                top_k=self._tensor(cuts["top_k"]),
+                top_p=self._tensor(cuts["top_p"]),
+                min_p=self._tensor(cuts["min_p"]),
+                typical_p=self._tensor(cuts["typical_p"]),
+                by_mass=bool(((cuts["top_p"] < 1) | (cuts["typical_p"] < 1)).any()),
+                typical=bool((cuts["typical_p"] < 1).any()),
+            ),
+            seed=self._tensor(own["seed"]),
+            branch=self._tensor(own["branch"]),
+            penalties=self._penalties.batch(rows, self._width, self._device),
+            masks=self._masks.batch(rows, self._width, self._device),
+            processors=[(self._processors[name], self._tensor(where), rows[where]) for name, where in processors],
+        )
+
+    def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(values.copy()).to(self._device)  # a copy, because columns of records may lie at odd strides
+
+    @torch.inference_mode()
+    def logprobs(
+        self, rows: _Ints, logits: torch.Tensor, tokens: torch.Tensor, skip: AbstractSet[int] = frozenset()
+    ) -> dict[int, TokenLogprobs]:
+        """What rows that asked for log-probabilities are told of the sampled tokens.
+
+        Args:
+            rows: [n].
+            logits: [n, vocab_size], any float dtype; not changed.
+            tokens: [n].
+            skip: entries that are not wanted.
+
+        Returns:
+            By entry, an index into `rows`.
+        """
+        wanted = self._parameters["logprobs"][rows]
+        entries = [entry for entry in np.flatnonzero(wanted >= 0).tolist() if entry not in skip]
+        if not entries:
+            return {}
+        chosen = torch.tensor(entries, device=logits.device)
+        told = position_logprobs(pick(logits, chosen), tokens[chosen], int(wanted[entries].max()))
+        return {
+            entry: TokenLogprobs(one.chosen, one.top[: wanted[entry]], one.rank) for entry, one in zip(entries, told, strict=True)
+        }

@@ -1,0 +1,148 @@
+"""From a checked request to its answer, streamed or whole; the dialect says what it looks like."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from streamkv.errors import InvalidRequestError, StreamKVError
+from streamkv.server.guard import error_of
+from streamkv.server.openai.answer import Answer, AnswerContext
+from streamkv.server.openai.generation import Generation, Workload
+from streamkv.server.openai.names import TokenNames
+from streamkv.server.openai.requests import GenerationRequest
+from streamkv.server.openai.sse import DONE, EventStream, Timing, abort, event
+from streamkv.server.report import check_report
+from streamkv.text.events import Finished
+
+__all__ = ["Generating", "json_response"]
+
+MAX_ANSWER: Final = 16 * 2**20
+"""Bytes of one whole answer, each log-probability counted as 24, that may wait for its end."""
+
+log = structlog.get_logger(__name__)
+_encode = msgspec.json.Encoder().encode
+
+
+def json_response(body: msgspec.Struct, rid: str) -> web.Response:
+    """A whole answer."""
+    return web.Response(body=_encode(body), content_type="application/json", headers={"X-Request-Id": rid})
+
+
+class Generating:
+    """Serves both completion APIs."""
+
+    def __init__(self, work: Workload, timing: Timing, max_waiting: int) -> None:
+        """Take over what the door has.
+
+        Args:
+            max_waiting: bytes of text that may wait for a client that reads slowly.
+        """
+        self._work = work
+        self._timing = timing
+        self._max_waiting = max_waiting
+        self._names = TokenNames(work.streams.tokenizer)
+
+    async def answer(
+        self, request: web.Request, rid: str, wish: GenerationRequest, ident: str, dialect: Callable[[AnswerContext], Answer]
+    ) -> web.StreamResponse:
+        """Generate. Until the first byte is out, errors are raised; later they are events.
+
+        Args:
+            ident: the answer's id, unique.
+
+        Raises:
+            StreamKVError: it cannot be served.
+        """
+        body, streams = wish.body, self._work.streams
+        prepared = await streams.prepare(body.prompt, body.params, is_chat=body.is_chat, tools=body.tools)
+        check_report(prepared)
+        limit = self._max_waiting if wish.stream else MAX_ANSWER
+
+        def overflowed(generation: Generation) -> None:
+            if wish.stream:
+                abort(request, "slow_consumer")
+            else:
+                generation.fail(InvalidRequestError("the answer is too large to be sent whole; stream it, or ask for less"))
+
+        with self._work.generation(ident, body.params.n, limit=limit, overflowed=overflowed) as generation:
+            context = AnswerContext(
+                ident=ident,
+                created=int(time.time()),
+                model=streams.info.model,
+                params=body.params,
+                prepared=prepared,
+                names=self._names,
+                usage=wish.usage,
+                prompt_logprobs=generation.prompt_logprobs,
+            )
+            await generation.open(prepared, wish.principal, priority=wish.priority, salt=wish.salt)
+            log.info("request_opened", rid=rid, id=ident, samples=body.params.n, prompt_tokens=len(prepared.token_ids))
+            if wish.stream:
+                return await self._stream(request, rid, generation, dialect(context), body.params.n)
+            await generation.ended.wait()
+            pieces = list(generation.take())
+            if generation.failure is not None:
+                raise generation.failure
+            for piece in pieces:
+                _log_end(rid, ident, piece.finished)
+            return json_response(dialect(context).whole(pieces), rid)
+
+    async def _stream(
+        self, request: web.Request, rid: str, generation: Generation, answer: Answer, running: int
+    ) -> web.StreamResponse:
+        events = EventStream(request, {"X-Request-Id": rid}, generation.arrived, self._timing)
+        response = await events.start()
+        try:
+            while running:
+                await generation.arrived.wait()
+                data = []
+                for piece in generation.take():
+                    data += [event(_encode(chunk)) for chunk in answer.chunks(piece)]
+                    if piece.finished is not None:
+                        running -= 1
+                        _log_end(rid, piece.finished.id, piece.finished)
+                if running:
+                    await events.send(b"".join(data))
+            last = answer.last_chunk()
+            await events.finish(b"".join((*data, event(_encode(last)) if last is not None else b"", DONE)))
+        except StreamKVError as error:
+            log.info("request_failed", rid=rid, code=error.code)
+            await self._fail(request, events, error)
+        except TimeoutError:
+            abort(request, "slow_consumer")
+        except ConnectionError:
+            pass  # the generation ends with its block
+        finally:
+            events.close()
+        return response
+
+    async def _fail(self, request: web.Request, events: EventStream, error: StreamKVError) -> None:
+        """Say it in an event: the status has been sent."""
+        body = error_of(error).body
+        assert isinstance(body, bytes)
+        try:
+            await events.finish(event(body) + DONE)
+        except TimeoutError:
+            abort(request, "slow_consumer")
+        except ConnectionError:
+            pass
+
+
+def _log_end(rid: str, ident: str, finished: Finished | None) -> None:
+    if finished is not None:
+        log.info(
+            "request_finished",
+            rid=rid,
+            id=ident,
+            reason=finished.finish_reason,
+            prompt=finished.prompt_tokens,
+            completion=finished.completion_tokens,
+            cached=finished.cached_tokens,
+            ttft=round(finished.timings.ttft, 4),
+        )
