@@ -85,7 +85,7 @@ class Request:
         cached: prompt tokens that came from the cache at the first admission; -1 before.
         limit: `len(tokens)` at which the request ends by length; who only computes its prompt samples one token, dropped.
         num_preemptions: how often it lost its blocks.
-        chunks: steps that its prompt took.
+        chunks: steps that computed more than its next token: until its first output, those of its prompt.
         salt: of its prefix cache; tells whose blocks these are.
     """
 

@@ -290,7 +290,7 @@ class Scheduler:
         request.planned = start + count
         request.pending += whole
         request.last_step = step.id
-        request.chunks += length == request.num_prompt
+        request.chunks += 1
 
     def _grow(self, step: Step, request: Request, end: int) -> None:
         first, ids, copies = self.cache.grow(request, end)

@@ -22,8 +22,8 @@ PREFIXES: Final[dict[Prefix, tuple[str, ...]]] = {
 STATES: Final = ("queued", "prefill", "decode", "stalled", "preempted")
 FINISHED_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
 """The engine's word -> vLLM's."""
-GATES: Final = ("rate", "concurrency", "queue", "prompt_tokens", "blocks", "connections", "draining")
-"""What turns a request away, cheapest to ask first."""
+GATES: Final = ("streams", "requests", "prompt_tokens", "waiting", "backlog", "blocks", "connections", "draining")
+"""What turns work away: a tenant's quotas, what waits already, the KV blocks; too many sockets, a server that goes away."""
 
 # vLLM 0.33.0.
 _FIRST_TOKEN: Final = (

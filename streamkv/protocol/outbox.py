@@ -65,6 +65,8 @@ class Outbox:
         if event.logprobs is not None:
             stream.logprobs.extend(event.logprobs)
             weight += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in event.logprobs)
+        elif not event.count and stream.num_tokens == stream.base:
+            stream.chars -= len(event.text)  # an echo: not text of the stream's own
         stream.count += event.count
         if event.text:
             stream.pieces.append(event.text)

@@ -87,24 +87,29 @@ class OutStream:
         key: its name between session and shell.
         kept: bytes that it was counted with when it was retained.
         base: offset of its first token: 0, or where a fork has left its parent.
+        inherited_chars: characters of text that its client has of the tokens before `base` that are output; None = not known.
+        chars: characters of its own text in chunks so far, an echoed prompt not counted.
         offset: tokens cut into chunks so far, from the family's first token on.
         attached: the connected client gets its output; a new connection resumes it first.
         credit: absolute offset that the client accepts; None = no limit.
         output: its own token ids, for forks.
         record: whatever the shell needs to fork it; None before it was opened.
         body: (api, the body as it came), for forks.
+        body_bytes: memory of what `body` and `record` hold, roughly.
     """
 
     __slots__ = (
         "attached",
         "base",
         "body",
+        "body_bytes",
         "chars",
         "count",
         "credit",
         "end",
         "first_at",
         "id",
+        "inherited_chars",
         "keeps",
         "kept",
         "key",
@@ -142,7 +147,8 @@ class OutStream:
         self.base = base
         self.credit = credit
         self.offset = base
-        self.chars = 0  # of all text so far
+        self.inherited_chars: int | None = 0
+        self.chars = 0
         self.count = 0  # tokens waiting
         self.pieces: list[str] = []
         self.size = 0  # bytes of text waiting
@@ -162,11 +168,19 @@ class OutStream:
         self.output: array[int] = array("i")
         self.record: Any = None
         self.body: tuple[str, dict[str, Any]] | None = None
+        self.body_bytes = 0
 
     def move(self, state: StreamState) -> None:
         """The only way to change the state."""
         assert state in STREAM_MOVES[self.state], f"stream {self.id}: {self.state.value} -> {state.value}"
         self.state = state
+
+    def go_on(self) -> None:
+        """It has credit again: an engine says nothing of that."""
+        self.move(StreamState.DECODE)
+        self.told = "decode"
+        if self.status is not None:
+            self.status = m.Status(self.id, "decode", self.status.cached)
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -231,9 +245,8 @@ class OutStream:
     @property
     def bytes(self) -> int:
         """What it holds in memory, roughly."""
-        body = 0 if self.record is None else 4096
         prompts = 100 * sum(len(frame.lp) for frame in (*self.said_of_prompt, *self.prompt))
-        return self.weight + self.ring.bytes + self.output.itemsize * len(self.output) + prompts + body
+        return self.weight + self.ring.bytes + self.output.itemsize * len(self.output) + prompts + self.body_bytes
 
 
 def plain_logprobs(entry: TokenLogprobs) -> dict[str, Any]:

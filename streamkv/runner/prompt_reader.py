@@ -157,7 +157,8 @@ class HiddenTap:
             caught = self.take()
         finally:
             handle.remove()
-        fits = caught is not None and len(read) == 1 and torch.equal(read[0].reshape(caught.shape), caught)
+        same_size = caught is not None and len(read) == 1 and read[0].numel() == caught.numel()
+        fits = caught is not None and same_size and torch.equal(read[0].reshape(caught.shape), caught)
         return int(caught.shape[-1]) if caught is not None and fits else 0
 
     def expect(self) -> None:

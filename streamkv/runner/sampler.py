@@ -14,9 +14,9 @@ from typing import Final
 
 import torch
 
-from streamkv.runner.sampling_cuts import LISTED, Cuts, thresholds
+from streamkv.runner.sampling_cuts import LISTED, Cuts, pick, thresholds
 
-__all__ = ["CHUNK", "draw", "inverse_cdf", "largest_chunks", "most_probable", "num_chunks", "pick"]
+__all__ = ["CHUNK", "draw", "inverse_cdf", "largest_chunks", "most_probable", "num_chunks", "softmax"]
 
 CHUNK: Final = 64
 """Ids per chunk: small against the vocabulary, and large enough that reducing a chunk is not slower than reading it."""
@@ -58,22 +58,27 @@ def draw(logits: torch.Tensor, maxima: torch.Tensor, cuts: Cuts, uniforms: torch
         [num_rows] int64. Rows with NaN or +inf give an arbitrary one, which may be a place that no token has.
     """
     chosen, candidates = largest_chunks(logits, maxima, _CHOSEN)
-    low, high = thresholds(logits, candidates.flatten(1), cuts)
+    probabilities = softmax(logits) if cuts.wide else None
+    low, high = thresholds(logits, candidates.flatten(1), cuts, probabilities)
     tokens = torch.empty_like(chosen[:, 0])
     # Most rows can be finished in the chosen chunks: no other one holds a kept token.
     few = (maxima >= low[:, None]).sum(dim=-1) <= chosen.shape[-1]
     rows = few.nonzero().flatten()
     if len(rows):
         part = pick(candidates, rows)
-        weights = (part - part.amax(dim=(1, 2), keepdim=True)).exp_()
-        place = inverse_cdf(_keep(weights, part, low[rows], high[rows], cuts), uniforms[rows])
+        place = inverse_cdf(_keep(softmax(part), part, low[rows], high[rows], cuts), uniforms[rows])
         tokens[rows] = chosen[rows].gather(1, place[:, None] // CHUNK)[:, 0] * CHUNK + place % CHUNK
     rows = (~few).nonzero().flatten()
     if len(rows):
         part = pick(logits, rows)
-        weights = torch.softmax(part.flatten(1), dim=-1).view_as(part)
+        weights = softmax(part) if probabilities is None else pick(probabilities, rows)
         tokens[rows] = inverse_cdf(_keep(weights, part, low[rows], high[rows], cuts), uniforms[rows])
     return tokens
+
+
+def softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Over all chunks of a row; [num_rows, num_chunks, CHUNK]."""
+    return torch.softmax(logits.flatten(1), dim=-1).view_as(logits)
 
 
 def largest_chunks(logits: torch.Tensor, maxima: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,11 +122,6 @@ def inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
 def _one_chunk(values: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
     """[num_rows, CHUNK]: of each row the chunk with the given number."""
     return values[torch.arange(len(values), device=values.device), chunk]
-
-
-def pick(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Some rows, in ascending order; not a copy if these are all."""
-    return values if len(rows) == len(values) else values[rows]
 
 
 def _keep(weights: torch.Tensor, logits: torch.Tensor, low: torch.Tensor, high: torch.Tensor, cuts: Cuts) -> torch.Tensor:

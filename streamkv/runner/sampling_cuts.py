@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 
-__all__ = ["LISTED", "Cuts", "thresholds"]
+__all__ = ["LISTED", "Cuts", "pick", "thresholds"]
 
 LISTED: Final = 64
 """Logits per row among which the cuts are looked for first."""
@@ -37,6 +37,7 @@ class Cuts:
         top_p, min_p, typical_p: float64; 1, 0 and 1 = all.
         by_mass: some row has a top-p or a typical-p.
         typical: some row has a typical-p.
+        wide: some row has one of the two without a top-k.
     """
 
     top_k: torch.Tensor
@@ -45,31 +46,40 @@ class Cuts:
     typical_p: torch.Tensor
     by_mass: bool
     typical: bool
+    wide: bool
 
     def of(self, rows: torch.Tensor) -> Cuts:
         """Those of some rows, given by their indices."""
         parts = (self.top_k[rows], self.top_p[rows], self.min_p[rows], self.typical_p[rows])
-        return Cuts(*parts, self.by_mass, self.typical)
+        return Cuts(*parts, self.by_mass, self.typical, self.wide)
 
 
-def thresholds(logits: torch.Tensor, candidates: torch.Tensor, cuts: Cuts) -> tuple[torch.Tensor, torch.Tensor]:
+def thresholds(
+    logits: torch.Tensor, candidates: torch.Tensor, cuts: Cuts, probabilities: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest kept logit per row.
 
     Args:
         logits: [num_rows, num_chunks, chunk] float32, divided by the temperature, -inf where there is no token.
         candidates: [num_rows, few]; the `LISTED` largest logits of each row are among them.
+        probabilities: softmax of the logits, if `cuts.wide`.
 
     Returns:
         Two of [num_rows] float32; -inf and +inf where nothing is cut.
     """
-    totals = _totals(logits, cuts) if cuts.by_mass else None
-    listing = _Listing(candidates.topk(min(LISTED, candidates.shape[-1]), dim=-1).values, logits[0].numel(), totals)
-    low, high, known = _cut(listing, cuts)
-    for count in (_MORE, logits[0].numel()):
+    width = logits[0].numel()
+    totals = None if probabilities is None else _totals(logits, probabilities, cuts)
+    low, high, known = _cut(_Listing(_largest(candidates, LISTED), width, totals), cuts)
+    for count in (_MORE, width):
         for rows in (~known).nonzero().flatten().split(_SORTED // min(count, _SORTED)):
-            listing = _Listing(_largest(logits[rows].flatten(1), count), logits[0].numel(), totals and totals.of(rows))
+            listing = _Listing(_largest(pick(logits, rows).flatten(1), count), width, totals and totals.of(rows))
             low[rows], high[rows], known[rows] = _cut(listing, cuts.of(rows))
     return low, high
+
+
+def pick(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Some rows, in ascending order; not a copy if these are all."""
+    return values if len(rows) == len(values) else values[rows]
 
 
 def _cut(listing: _Listing, cuts: Cuts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -95,13 +105,20 @@ def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
     return values.topk(count, dim=-1).values
 
 
+def _ascending(values: torch.Tensor) -> torch.Tensor:
+    """Indices in ascending order of the values."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.argsort(values.numpy(), axis=-1))
+    return values.argsort(dim=-1)
+
+
 @dataclass(frozen=True, slots=True)
 class _Totals:
-    """Sums over whole rows, [num_rows, 1] float64, in weights exp(x - largest x); NaN for rows that need none.
+    """Sums over whole rows, [num_rows, 1] float64, in weights exp(x - largest x).
 
     Attributes:
         mass: of the weights.
-        mean: of x - largest x under the distribution.
+        mean: of x - largest x under the distribution; NaN if no row has a typical-p.
     """
 
     mass: torch.Tensor
@@ -112,19 +129,12 @@ class _Totals:
         return _Totals(self.mass[rows], self.mean[rows])
 
 
-def _totals(logits: torch.Tensor, cuts: Cuts) -> _Totals:
-    """Only of rows without top-k: where there is one, the listed logits are summed."""
-    wide = ((cuts.top_k == 0) & ((cuts.top_p < 1) | (cuts.typical_p < 1))).nonzero().flatten()
-    mass = torch.full((len(logits), 1), torch.nan, dtype=torch.float64, device=logits.device)
-    mean = mass.clone()
-    if len(wide):
-        part = logits if len(wide) == len(logits) else logits[wide]
-        probabilities = torch.softmax(part.flatten(1), dim=-1).view_as(part)
-        mass[wide] = (_sum(probabilities) / probabilities.amax(dim=(1, 2)))[:, None]
-        if cuts.typical:
-            below = (part - part.amax(dim=(1, 2), keepdim=True)).clamp_(min=_NEGLIGIBLE)
-            mean[wide] = _sum(below.mul_(probabilities))[:, None]
-    return _Totals(mass, mean)
+def _totals(logits: torch.Tensor, probabilities: torch.Tensor, cuts: Cuts) -> _Totals:
+    mass = _sum(probabilities) / probabilities.amax(dim=(1, 2))
+    if not cuts.typical:
+        return _Totals(mass[:, None], torch.full_like(mass[:, None], torch.nan))
+    below = (logits - logits.amax(dim=(1, 2), keepdim=True)).clamp_(min=_NEGLIGIBLE)
+    return _Totals(mass[:, None], _sum(below.mul_(probabilities))[:, None])
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
@@ -148,7 +158,7 @@ class _Listing:
 
         Args:
             width: logits of a whole row.
-            totals: None if there will be no cuts by mass.
+            totals: None if no row cuts by mass before it has a top-k.
         """
         self.values = values
         self.below = values - values[:, :1]
@@ -204,10 +214,10 @@ class _Listing:
             mass = torch.where(listed, mass, self._totals.mass)
             mean = torch.where(listed, mean, self._totals.mean)
         distance = torch.where(kept, (self.below - mean).abs(), torch.inf)
-        ordered, order = distance.sort(dim=-1)
+        order = _ascending(distance)
         short = (weights.gather(1, order).cumsum(dim=-1) < p * mass).sum(dim=-1, keepdim=True)
         number = torch.minimum(short, kept.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-        reach = ordered.gather(1, number)
+        reach = distance.gather(1, order.gather(1, number))
         # If the last listed logit is farther from the mean than what is kept, so are those below it.
         told = listed | (self._uncut() & (mean - self.below[:, -1:] > reach))
         self.known &= told | (p >= 1)

@@ -14,6 +14,9 @@ __all__ = ["position_logprobs"]
 _SLICE: Final = 2**20
 """Logits that are worked on at a time, 4 MiB in float32: temporaries stay small, and near the processor."""
 
+_CHOSEN: Final = 32
+"""Chunks per position that are looked into: more than the 20 that hold the most probable tokens."""
+
 
 def position_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLogprobs]:
     """Of one token per position and of the most probable ones there.
@@ -40,12 +43,16 @@ def _some(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[TokenLog
     chunked = padded.view(count, -1, CHUNK)
     normaliser = torch.logsumexp(padded, dim=-1, keepdim=True)
     chosen = padded.gather(1, tokens[:, None])
-    ranks = (padded > chosen).sum(dim=-1) + 1
     logprobs = (chosen - normaliser)[:, 0].tolist()
+    maxima = chunked.amax(dim=-1)
+    numbers, candidates = largest_chunks(chunked, maxima, _CHOSEN)
+    ranks = (candidates > chosen[:, None]).sum(dim=(1, 2)) + 1
+    beyond = ((maxima > chosen).sum(dim=-1) > numbers.shape[-1]).nonzero().flatten()
+    if len(beyond):  # larger logits in other chunks too
+        ranks[beyond] = (padded[beyond] > chosen[beyond]).sum(dim=-1) + 1
     top = min(top, vocab_size)
     if not top:
         return [TokenLogprobs(logprob, (), rank) for logprob, rank in zip(logprobs, ranks.tolist(), strict=True)]
-    numbers, candidates = largest_chunks(chunked, chunked.amax(dim=-1), top)
     values, places = candidates.flatten(1).topk(top, dim=-1)
     # Where fewer logits than wanted are above -inf, a place that no token has may be among them.
     ids = (numbers.gather(1, places // CHUNK) * CHUNK + places % CHUNK).clamp_(max=vocab_size - 1)

@@ -19,7 +19,7 @@ import torch
 from streamkv.runner.logits_processor import LogitsProcessor
 from streamkv.runner.params import RowParams
 from streamkv.runner.philox import uniform
-from streamkv.runner.sampler import CHUNK, draw, inverse_cdf, most_probable, num_chunks, pick
+from streamkv.runner.sampler import CHUNK, draw, inverse_cdf, most_probable, num_chunks, softmax
 from streamkv.runner.sampling_cuts import Cuts
 from streamkv.runner.sampling_history import PenaltyBatch, PenaltyTables
 from streamkv.runner.sampling_logprobs import position_logprobs
@@ -32,6 +32,13 @@ _Ints = npt.NDArray[np.int64]
 
 _COLDEST: Final = 1e-30
 """Division by less could overflow; long before, only the most probable token has any weight."""
+
+_SLICE: Final = 2**21
+"""Logits of the rows that are drawn together. What is needed on the way is as large in float32, and beyond some 32 MiB the
+allocator hands out fresh pages every time, which cost more than the work."""
+
+_Entries = slice | torch.Tensor
+"""Some entries of a batch: a slice where they stand together, so that picking them copies nothing."""
 
 _PARAMETERS: Final = np.dtype(
     [
@@ -53,17 +60,16 @@ class _Batch:
 
     Attributes:
         temperature: float32 [num_rows, 1], 1 for greedy rows; None = all 1.
-        greedy, plain, cut: entries that take the most probable token, that draw from all, and that cut first.
+        plain: entries that draw from all tokens, in slices.
+        cut: entries that draw from what their cuts keep, in slices; the others take the most probable token.
         seed, branch: int64 [num_rows].
         processors: each with the entries that asked for it and their rows.
     """
 
     rows: _Ints
     temperature: torch.Tensor | None
-    greedy: torch.Tensor
-    plain: torch.Tensor
-    cut: torch.Tensor
-    cuts: Cuts
+    plain: list[_Entries]
+    cut: list[tuple[_Entries, Cuts]]
     seed: torch.Tensor
     branch: torch.Tensor
     penalties: PenaltyBatch | None
@@ -165,18 +171,13 @@ class RowSampler:
         if batch.temperature is not None:
             work.div_(batch.temperature)
             maxima.div_(batch.temperature)  # rounded alike, so they still are the maxima
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        if len(batch.greedy):
-            tokens[batch.greedy] = most_probable(pick(chunked, batch.greedy), pick(maxima, batch.greedy))
-        if len(batch.plain) or len(batch.cut):
+        tokens = most_probable(chunked, maxima)
+        if batch.plain or batch.cut:
             uniforms = uniform(batch.seed, batch.branch, torch.from_numpy(positions).to(self._device))
-            if len(batch.plain):
-                part = pick(chunked, batch.plain)
-                weights = torch.softmax(part.flatten(1), dim=-1).view_as(part)
-                tokens[batch.plain] = inverse_cdf(weights, uniforms[batch.plain])
-            if len(batch.cut):
-                part = pick(chunked, batch.cut)
-                tokens[batch.cut] = draw(part, pick(maxima, batch.cut), batch.cuts, uniforms[batch.cut])
+            for some in batch.plain:
+                tokens[some] = inverse_cdf(softmax(chunked[some]), uniforms[some])
+            for some, cuts in batch.cut:
+                tokens[some] = draw(chunked[some], maxima[some], cuts, uniforms[some])
         return tokens.clamp_(0, self._vocab_size - 1)
 
     def _copy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -216,28 +217,38 @@ class RowSampler:
         greedy = own["temperature"] == 0
         temperature = np.where(greedy, 1.0, np.maximum(own["temperature"], _COLDEST)).astype(np.float32)
         cut = (own["top_k"] > 0) | (own["top_p"] < 1) | (own["min_p"] > 0) | (own["typical_p"] < 1)
-        entries = np.flatnonzero(cut & ~greedy)
-        cuts = own[entries]
         processors = [(name, np.flatnonzero(asked[rows])) for name, asked in self._asked.items() if asked[rows].any()]
         return _Batch(
             rows=rows.copy(),
             temperature=self._tensor(temperature)[:, None] if (temperature != 1).any() else None,
-            greedy=self._tensor(np.flatnonzero(greedy)),
-            plain=self._tensor(np.flatnonzero(~cut & ~greedy)),
-            cut=self._tensor(entries),
-            cuts=Cuts(
-                top_k=self._tensor(cuts["top_k"]),
-                top_p=self._tensor(cuts["top_p"]),
-                min_p=self._tensor(cuts["min_p"]),
-                typical_p=self._tensor(cuts["typical_p"]),
-                by_mass=bool(((cuts["top_p"] < 1) | (cuts["typical_p"] < 1)).any()),
-                typical=bool((cuts["typical_p"] < 1).any()),
-            ),
+            plain=[self._entries(some) for some in self._slices(~cut & ~greedy)],
+            cut=[(self._entries(some), self._cuts(own[some])) for some in self._slices(cut & ~greedy)],
             seed=self._tensor(own["seed"]),
             branch=self._tensor(own["branch"]),
             penalties=self._penalties.batch(rows, self._width, self._device),
             masks=self._masks.batch(rows, self._width, self._device),
             processors=[(self._processors[name], self._tensor(where), rows[where]) for name, where in processors],
+        )
+
+    def _slices(self, chosen: npt.NDArray[np.bool_]) -> list[_Ints]:
+        """Indices of the chosen entries, a few rows at a time."""
+        entries, size = np.flatnonzero(chosen), max(1, _SLICE // self._width)
+        return [entries[start : start + size] for start in range(0, len(entries), size)]
+
+    def _entries(self, some: _Ints) -> _Entries:
+        first, last = int(some[0]), int(some[-1])
+        return slice(first, last + 1) if last - first + 1 == len(some) else self._tensor(some)
+
+    def _cuts(self, own: npt.NDArray[np.void]) -> Cuts:
+        by_mass = (own["top_p"] < 1) | (own["typical_p"] < 1)
+        return Cuts(
+            top_k=self._tensor(own["top_k"]),
+            top_p=self._tensor(own["top_p"]),
+            min_p=self._tensor(own["min_p"]),
+            typical_p=self._tensor(own["typical_p"]),
+            by_mass=bool(by_mass.any()),
+            typical=bool((own["typical_p"] < 1).any()),
+            wide=bool((by_mass & (own["top_k"] == 0)).any()),
         )
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
@@ -263,7 +274,9 @@ class RowSampler:
         if not entries:
             return {}
         chosen = torch.tensor(entries, device=logits.device)
-        told = position_logprobs(pick(logits, chosen), tokens[chosen], int(wanted[entries].max()))
+        told = position_logprobs(
+            logits if len(entries) == len(logits) else logits[chosen], tokens[chosen], int(wanted[entries].max())
+        )
         return {
             entry: TokenLogprobs(one.chosen, one.top[: wanted[entry]], one.rank) for entry, one in zip(entries, told, strict=True)
         }

@@ -119,6 +119,8 @@ class Admission:
         self._miss = Mean(1.0)  # share of prompt tokens that the prefix cache does not have
         self._output = Mean(_FIRST_GUESS_TOKENS)
         self._stay = Mean(_UNKNOWN_RETRY_S)  # seconds from admission to end
+        self.rejected: Callable[[str], None] = lambda _gate: None
+        """Told which gate turns somebody away."""
         self.prefill_rate = Rate()
         self.block_rate = Rate()
         self.waiting = 0
@@ -168,6 +170,7 @@ class Admission:
             tenant.apply(principal.quota, now)
         quota = tenant.quota
         if quota.streams is not None and tenant.streams + samples > quota.streams:
+            self.rejected("streams")
             raise RateLimitedError(
                 f"this API key's tenant may have {quota.streams} streams at once; wait until some have ended",
                 retry_after_s=self._soon(self._stay.value / max(1, tenant.streams)),
@@ -175,6 +178,7 @@ class Admission:
         for bucket, amount, unit in ((tenant.requests, 1, "requests"), (tenant.tokens, prompt, "prompt tokens")):
             wait = bucket.wait(amount, now) if bucket is not None else 0.0
             if bucket is not None and wait > 0:
+                self.rejected("requests" if bucket is tenant.requests else "prompt_tokens")
                 # Not earlier than the bucket is full enough: that would be refused again.
                 raise RateLimitedError(
                     f"this API key's tenant may send {bucket.rate:g} {unit} a second", retry_after_s=self._soon(wait, early=False)
@@ -184,11 +188,13 @@ class Admission:
     def _in_time(self, tokens: int, samples: int, blocks: int, now: float) -> None:
         rate = self.prefill_rate.per_second(now)
         if self.waiting + samples > self._max_waiting:
+            self.rejected("waiting")
             raise OverloadedError(
                 f"{self.waiting} requests are waiting already; try again later",
                 retry_after_s=self._soon(self.backlog_tokens / rate if rate else _UNKNOWN_RETRY_S),
             )
         if rate and self.backlog_tokens and self.backlog_tokens + tokens > self._slo * rate:
+            self.rejected("backlog")
             raise OverloadedError(
                 f"{self.backlog_tokens} prompt tokens are waiting already; try again later",
                 retry_after_s=self._soon(self.backlog_tokens / rate),
@@ -196,6 +202,7 @@ class Admission:
         excess = self.blocks + blocks - self._info.num_blocks
         rate = self.block_rate.per_second(now)
         if rate and excess > self._slo * rate:
+            self.rejected("blocks")
             raise OverloadedError(
                 "the KV cache is full of running requests; try again later", retry_after_s=self._soon(excess / rate)
             )

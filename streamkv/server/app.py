@@ -50,6 +50,7 @@ class Server:
             queue_timeout_s=config.queue_timeout_s,
         )
         self.recorder = Recorder(streams.info)
+        self.admission.rejected = self.recorder.rejected
         streams.observer = Observers(streams.observer, self.admission, self.recorder)
         self._listener = Listener(config)
         self.lost = asyncio.Event()
@@ -61,7 +62,13 @@ class Server:
             self.stream_door,
             OpenAIDoor(streams, config, self.admission, self._moved.set),
             self.metrics_door,
-            KVDoor(streams.client, self.recorder, send_timeout_s=config.send_timeout_s, moved=self._moved.set),
+            KVDoor(
+                streams.client,
+                self.recorder,
+                send_timeout_s=config.send_timeout_s,
+                moved=self._moved.set,
+                still_valid=self.guard.still_valid,
+            ),
         ]
         self.port = config.port
 

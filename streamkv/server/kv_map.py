@@ -40,8 +40,16 @@ class KVDoor:
         interval_s: float = _INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
         moved: Callable[[], None] = lambda: None,
+        still_valid: Callable[[Principal], bool] = lambda _principal: True,
     ) -> None:
-        """`moved` is called when a viewer has left; a viewer that takes longer than `send_timeout_s` for a message is cut off."""
+        """No viewer yet.
+
+        Args:
+            send_timeout_s: a viewer that takes longer for a message is cut off.
+            interval_s: shortest time between two messages.
+            moved: called when a viewer has left.
+            still_valid: asked before every message; who has lost his key sees no more.
+        """
         self._client = client
         self._recorder = recorder
         self._max_viewers = max_viewers
@@ -49,6 +57,7 @@ class KVDoor:
         self._interval_s = interval_s
         self._clock = clock
         self._moved = moved
+        self._still_valid = still_valid
         self._sockets: set[web.WebSocketResponse] = set()
         self._closing = asyncio.Event()
         self._reason = ""
@@ -157,13 +166,15 @@ class KVDoor:
         first = True
         try:
             while not self._closing.is_set():
+                if not self._still_valid(principal):
+                    await self._end(socket, 4401, "unauthorized: this API key has been revoked")
+                    return
                 body = await self._message(viewer, principal, first=first)
                 first = False
                 async with asyncio.timeout(self._send_timeout_s):
                     await socket.send_frame(body, WSMsgType.TEXT)
                 await self._pause()
-            async with asyncio.timeout(self._send_timeout_s):
-                await socket.close(code=1001, message=f"going_away: {self._reason}".encode()[:123])
+            await self._end(socket, 1001, f"going_away: {self._reason}")
         except TimeoutError:
             self._recorder.slow_consumer()
             log.warning("kv_viewer_aborted", reason="slow_consumer")
@@ -171,6 +182,10 @@ class KVDoor:
                 request.transport.abort()
         except ConnectionError:
             return
+
+    async def _end(self, socket: web.WebSocketResponse, code: int, reason: str) -> None:
+        async with asyncio.timeout(self._send_timeout_s):
+            await socket.close(code=code, message=reason.encode()[:123])
 
     async def _pause(self) -> None:
         """Until it is worth looking again, or the server closes."""

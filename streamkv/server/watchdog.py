@@ -37,8 +37,9 @@ _REMEMBERED: Final = 512
 class Hang:
     """Decides. Pure: it is told what was seen, and how much time passed and was computed between two looks."""
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, *, computing: float = COMPUTING) -> None:
         self._limit = limit_s
+        self._computing = computing
         self._slow: deque[float] = deque(maxlen=_REMEMBERED)  # ages that finished steps had when last looked at
         self._step: float | None = None
         self._step_age = self._step_computed = 0.0
@@ -74,15 +75,16 @@ class Hang:
         ages = sorted(self._slow)
         usual = ages[math.ceil(0.99 * len(ages)) - 1] if ages else 0.0
         allowed = max(self._limit, _STEPS_ALLOWED * usual)
-        return allowed * COMPUTING if self._step_computed > self._step_age / 2 else allowed
+        return allowed * self._computing if self._step_computed > self._step_age / 2 else allowed
 
 
 class Watchdog:
     """The thread."""
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, *, computing: float = COMPUTING) -> None:
         """A limit of 0 makes one that does nothing."""
         self._limit = limit_s
+        self._computing = computing
         self._computing_since: Callable[[], float | None] = lambda: None
         self._tick = limit_s / _TICKS
         self._beats = 0
@@ -115,7 +117,7 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
-        hang = Hang(self._limit)
+        hang = Hang(self._limit, computing=self._computing)
         at, computed = time.monotonic(), time.process_time()
         while not self._stop.wait(self._tick):
             now, used = time.monotonic(), time.process_time()

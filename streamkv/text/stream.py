@@ -162,8 +162,15 @@ class TextStream:
         shown = output.token_ids
         if output.finish_reason == "stop" and shown[-1] in self.prepared.hidden_stop_ids:
             shown = shown[:-1]  # the token that ended the request is not part of its text
-        carried, self.carried = self.carried, ""
-        return self.stop.push(carried + self.detokenizer.push(shown), armed=self._armed)
+        # What the tokens before `min_tokens` complete ends nothing.
+        counting = max(0, self.received - max(1, self.prepared.sampling.min_tokens) + 1)
+        early = max(0, len(output.token_ids) - counting)
+        released = ""
+        for part, armed in ((shown[:early], False), (shown[early:], True)):
+            if part or self.carried:
+                carried, self.carried = self.carried, ""
+                released += self.stop.push(carried + self.detokenizer.push(part), armed=armed)
+        return released
 
     def _deliver(self, text: str, events: list[StreamEvent]) -> None:
         if self.echo:

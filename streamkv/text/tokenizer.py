@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
 from tokenizers import Tokenizer
 
 from streamkv.errors import ContextLengthError, InvalidRequestError, ModelLoadError
@@ -20,6 +21,8 @@ __all__ = ["TextTokenizer", "load_tokenizer"]
 
 _BYTES_PER_TOKEN: Final = 8
 """No text of a request that fits has more bytes per token of context than this; more is refused before it is tokenised."""
+
+log = structlog.get_logger(__name__)
 
 
 class TextTokenizer:
@@ -75,8 +78,7 @@ class TextTokenizer:
             ContextLengthError: the text cannot fit the context, by its length in bytes.
         """
         self._bound([text], "prompt")
-        ids: list[int] = self._plain.encode(text).ids
-        return ids
+        return _encoded(self._plain, text, "prompt")
 
     def encode_chat(
         self,
@@ -108,7 +110,7 @@ class TextTokenizer:
         ids: list[int] = []
         for piece in re.split(f"([{''.join(typed)}])", text) if typed else [text]:
             tokenizer = self._plain if piece in typed else self._control
-            ids += tokenizer.encode(typed.get(piece, piece), add_special_tokens=False).ids
+            ids += _encoded(tokenizer, typed.get(piece, piece), "messages", add_special_tokens=False)
         return ids
 
     def encode_more(self, text: str) -> list[int]:
@@ -131,7 +133,7 @@ class TextTokenizer:
         return tuple(dict.fromkeys(ids for ids in found if ids))
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+        return tuple(_encoded(self._plain, text, "prompt", add_special_tokens=False))
 
     def _bound(self, texts: Iterable[str], param: str) -> None:
         size = 0
@@ -167,6 +169,23 @@ class TextTokenizer:
     def neutral_id(self) -> int:
         """A token that may stand before any other without changing its text, unless the other would be the first of all."""
         return self._pieces.neutral_id
+
+
+def _encoded(tokenizer: Tokenizer, text: str, param: str, **options: Any) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        InvalidRequestError: the tokenizer gives up on it; a pattern that runs away does, and must end only this request.
+    """
+    try:
+        ids: list[int] = tokenizer.encode(text, **options).ids
+    except BaseException as error:
+        # The library's panics are no `Exception`; what really is none, such as an interrupt, goes on.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        log.warning("tokenizer_failed", error=repr(error)[:200])
+        raise InvalidRequestError("the model's tokenizer cannot read this text", param=param) from None
+    return ids
 
 
 def load_tokenizer(path: str | Path, *, max_tokens: int | None = None) -> TextTokenizer:

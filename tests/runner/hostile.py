@@ -138,11 +138,11 @@ def templates_outside(folder: Path) -> None:
 
 
 def link_to_foreign_blobs(folder: Path) -> None:
-    """Looks like the hub's cache, and leads to another model's blobs."""
-    blobs = folder.parent / "blobs"
-    blobs.mkdir()
+    """The hub's way to its blobs, from a folder that is no snapshot."""
+    blobs = folder.parent.parent / "blobs"
+    blobs.mkdir(exist_ok=True)
     (blobs / "x").write_bytes(WEIGHTS)
-    link("model.safetensors", "../blobs/x")(folder)
+    link("model.safetensors", "../../blobs/x")(folder)
 
 
 def only(name: str) -> Callable[[Path], None]:

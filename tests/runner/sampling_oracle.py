@@ -81,12 +81,12 @@ def distribution(rows: Sequence[Row], logits: torch.Tensor) -> tuple[torch.Tenso
     if batch.temperature is not None:
         work = work / batch.temperature
     scaled = work.clone()
-    if len(batch.cut):
-        part = work[batch.cut].view(len(batch.cut), -1, CHUNK)
+    for some, cuts in batch.cut:
+        part = work[some].unflatten(1, (-1, CHUNK))
         _, candidates = largest_chunks(part, part.amax(dim=-1), 80)
-        low, high = thresholds(part, candidates.flatten(1), batch.cuts)
-        outside = (work[batch.cut] < low[:, None]) | (work[batch.cut] > high[:, None])
-        scaled[batch.cut] = work[batch.cut].masked_fill(outside, -torch.inf)
+        low, high = thresholds(part, candidates.flatten(1), cuts, torch.softmax(part.flatten(1), -1).view_as(part))
+        outside = (work[some] < low[:, None]) | (work[some] > high[:, None])
+        scaled[some] = work[some].masked_fill(outside, -torch.inf)
     scaled = scaled[:, : logits.shape[-1]].double()
     return torch.isfinite(scaled), torch.softmax(scaled, dim=-1)
 

@@ -153,7 +153,7 @@ def test_a_batch_is_worked_out_once() -> None:
     assert made._batch_of(np.arange(3)) is first
     assert made._batch_of(np.arange(2)) is not first
     made.admit(2, Row(sampling(), [1], 1).params)
-    assert made._batch_of(rows).plain.tolist() == [2]
+    assert made._batch_of(rows).plain == [slice(2, 3)]
 
 
 # ---------------------------------------------------------------- log-probabilities

@@ -75,6 +75,8 @@ class HeldEngine(FakeEngine):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.requests: list[EngineRequest] = []
+        self._held: dict[str, int | None] = {}  # what the test allows
+        self._granted: dict[str, int | None] = {}  # what the client accepts
         # Cleared, they make the engine one behind a slow wire: the request is on its way, or its answer is.
         self.taking, self.answering = asyncio.Event(), asyncio.Event()
         self.taking.set()
@@ -83,17 +85,29 @@ class HeldEngine(FakeEngine):
     async def submit(self, request: EngineRequest) -> None:
         self.requests.append(request)
         await self.taking.wait()
-        await super().submit(msgspec.structs.replace(request, credit=self.hold))
+        for request_id in request.ids:
+            self._held[request_id], self._granted[request_id] = self.hold, request.credit
+        await super().submit(msgspec.structs.replace(request, credit=_least(self.hold, request.credit)))
         await self.answering.wait()
+
+    async def credit(self, request_id: str, limit: int) -> None:
+        self._granted[request_id] = limit
+        await super().credit(request_id, _least(self._held.get(request_id), limit) or 0)
 
     async def release(self, limit: int = 2**31) -> None:
         """Let every live request, and none to come, go on up to so many tokens."""
         for request_id in list(self._live):
-            await self.credit(request_id, limit)
+            self._held[request_id] = limit
+            await super().credit(request_id, _least(limit, self._granted.get(request_id)) or 0)
 
     @property
     def live(self) -> list[str]:
         return list(self._live)
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    """The smaller of two limits; None = none."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 @dataclass

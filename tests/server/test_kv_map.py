@@ -19,7 +19,7 @@ from streamkv.engine.api import KVMap, KVOwner
 from streamkv.server.kv_map import LIVE_PROTOCOL, KVDoor
 from streamkv.server.kv_view import Viewer
 from tests.server.serving import DEADLINE_S, Serving, eventually, serving
-from tests.server.wire import bearer, keyed
+from tests.server.wire import bearer, keyed, keys_text
 
 SALTS = ("acme", "acme\0own", "rival", "acmes")
 
@@ -250,6 +250,17 @@ async def test_a_viewer_that_does_not_read_is_cut_off_and_holds_nothing():
         finally:
             Viewer.delta = original  # type: ignore[method-assign]  # as it was
         assert served.server.recorder.metrics.slow.values[()] == 1
+
+
+async def test_who_has_lost_his_key_sees_no_more(tmp_path: Path):
+    async with keyed(tmp_path) as served, watching(served, headers=bearer("acme")) as socket:
+        await next_of(socket)
+        (tmp_path / "keys.toml").write_text(keys_text(["rival"]))
+        await served.server.guard.reload_keys(even_if_unchanged=True)
+        async with asyncio.timeout(DEADLINE_S):
+            while (frame := await socket.receive()).type is aiohttp.WSMsgType.TEXT:
+                pass
+        assert (frame.data, frame.extra) == (4401, "unauthorized: this API key has been revoked")
 
 
 async def test_a_server_that_goes_away_says_so():

@@ -38,8 +38,8 @@ async def test_the_page_is_what_a_server_says() -> None:
                 frame = await socket.receive(DEADLINE_S)
                 assert frame.type is aiohttp.WSMsgType.TEXT, (frame, line)
                 said = json.loads(frame.data)
-                if said.get("id") == "v2" or (said.get("id") in ("s1", "s2") and said["t"] != "accepted"):
-                    continue  # the page shows of the two samples only that they are accepted, and one of the two vectors
+                if said.get("id") == "v2" or (said.get("id") in ("s1", "s2", "f1", "f2") and said["t"] != "accepted"):
+                    continue  # the page shows of samples and forks only that they are accepted, and one of the two vectors
                 break
             text = json.dumps(said, separators=(",", ":"), ensure_ascii=False)
             assert expected(line).fullmatch(text), f"the page says {line}\nthe server says {text}"

@@ -10,7 +10,7 @@ import ssl
 import struct
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from shutil import which
 from typing import Any
@@ -140,7 +140,8 @@ def test_who_does_not_send_a_head_is_ended_in_time_and_in_order():
     now = 0.0
     connections = Connections(10.0, lambda: now)
     handlers = [Handler() for _ in range(4)]
-    for now, handler in zip((0.0, 1.0, 2.0, 9.0), handlers, strict=True):
+    for at, handler in zip((0.0, 1.0, 2.0, 9.0), handlers, strict=True):
+        now = at
         connections.made(handler)  # type: ignore[arg-type]  # all that is used of one
     connections.spoke(handlers[1])  # type: ignore[arg-type]  # as above
     now = 11.9
@@ -173,10 +174,8 @@ async def test_a_head_a_byte_at_a_time_is_cut_off_and_others_are_not():
         dripping = [asyncio.create_task(drip(writer)) for _, writer in readers]
         async with asyncio.timeout(DEADLINE_S):
             for reader, _ in readers:
-                try:
+                with suppress(ConnectionError):
                     assert await reader.read() == b""
-                except ConnectionError:
-                    pass
         for task in dripping:
             task.cancel()
         await asyncio.gather(*dripping, return_exceptions=True)
@@ -333,16 +332,10 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tls")
     for name in ("a", "b"):
         subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
-            + [
-                "-keyout",
-                f"{name}.key",
-                "-out",
-                f"{name}.pem",
-                "-subj",
-                "/CN=localhost",
-                "-addext",
-                "subjectAltName=IP:127.0.0.1",
+            [
+                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"),
+                *("-keyout", f"{name}.key", "-out", f"{name}.pem", "-subj", "/CN=localhost"),
+                *("-addext", "subjectAltName=IP:127.0.0.1"),
             ],
             cwd=folder,
             check=True,

@@ -208,3 +208,18 @@ async def test_a_full_context_can_be_read_without_generating() -> None:
         prepared = await streams.prepare([1] * CONTEXT, SamplingParams(max_tokens=0, prompt_logprobs=0), is_chat=False)
         assert prepared.sampling.max_tokens == 0
         assert (await streams.prepare_score([1] * CONTEXT)).score_from == 1
+
+
+def test_a_step_of_several_tokens_is_cut_where_min_tokens_begins() -> None:
+    """A step can bring several tokens; only what completes from the limit on may end the text."""
+    tokenizer = text_tokenizer("byte_level")
+    tokens = tokenizer.encode("a fox and a fox")
+    first = len(tokenizer.encode("a fox"))
+    for least in range(len(tokens) + 1):
+        prepared = PreparedPrompt([1], Sampling(max_tokens=99, min_tokens=least), stop=("fox",))
+        stream = TextStream("a", prepared, tokenizer, lambda _: None, 0.0)
+        events: list[StreamEvent] = []
+        stream.take(StepOutput("a", tuple(tokens)), 0.0, events)
+        text = "".join(event.text for event in events if isinstance(event, Delta))
+        assert text == ("a " if least <= first else "a fox and a ")
+        assert stream.finished

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from streamkv.errors import ContextLengthError, InvalidRequestError, ModelLoadError
 from streamkv.text.template import ChatTemplate
@@ -238,3 +238,13 @@ def test_bad_words_hold_no_special_tokens(kind: str) -> None:
     for word in ("<s>", "<|im_end|>", " "):
         assert control(kind, [token for ids in text_tokenizer(kind).bad_word_ids(word) for token in ids]) == []
     assert () not in text_tokenizer(kind).bad_word_ids("")
+
+
+def test_a_pattern_that_runs_away_ends_its_own_request_only() -> None:
+    """tokenizers panics on it, and a panic is no `Exception`: it used to pass every handler on its way out."""
+    hostile = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
+    hostile.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+b"), "isolated")
+    tokenizer = TextTokenizer(hostile)
+    with pytest.raises(InvalidRequestError, match="cannot read this text"):
+        tokenizer.encode("a" * 28)
+    assert tokenizer.encode("aa") == [0, 0]

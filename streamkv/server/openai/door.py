@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
+import structlog
 from aiohttp import web
 
 from streamkv.errors import DrainingError, OverloadedError, StreamKVError
@@ -36,6 +37,8 @@ from streamkv.server.routes import Access, Handler, Route
 from streamkv.text.streams import TextStreams
 
 __all__ = ["OpenAIDoor"]
+
+log = structlog.get_logger(__name__)
 
 _Handler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 
@@ -105,11 +108,19 @@ class OpenAIDoor:
                 self._admit()
             return await handler(request, rid)
         except StreamKVError as error:
-            refusal = error_of(error)
-            refusal.headers["X-Request-Id"] = rid
-            if self._draining:
-                refusal.force_close()  # its next request belongs to another server
-            return refusal
+            return self._refusal(error, rid)
+        except ConnectionError:
+            raise
+        except Exception:
+            log.exception("request_failed", rid=rid)
+            return self._refusal(StreamKVError("the server failed on this request; its log says why"), rid)
+
+    def _refusal(self, error: StreamKVError, rid: str) -> web.Response:
+        response = error_of(error)
+        response.headers["X-Request-Id"] = rid
+        if self._draining:
+            response.force_close()  # its next request belongs to another server
+        return response
 
     def _admit(self) -> None:
         if self._draining:

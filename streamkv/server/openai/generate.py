@@ -97,8 +97,8 @@ class Generating:
         self, request: web.Request, rid: str, generation: Generation, answer: Answer, running: int
     ) -> web.StreamResponse:
         events = EventStream(request, {"X-Request-Id": rid}, generation.arrived, self._timing)
-        response = await events.start()
         try:
+            await events.start()
             while running:
                 await generation.arrived.wait()
                 data = []
@@ -118,9 +118,12 @@ class Generating:
             abort(request, "slow_consumer")
         except ConnectionError:
             pass  # the generation ends with its block
+        except Exception:
+            log.exception("request_failed", rid=rid)
+            await self._fail(request, events, StreamKVError("the server failed on this request; its log says why"))
         finally:
             events.close()
-        return response
+        return events.response
 
     async def _fail(self, request: web.Request, events: EventStream, error: StreamKVError) -> None:
         """Say it in an event: the status has been sent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TypeVar
@@ -17,6 +18,7 @@ from streamkv.text.streams import PreparedPrompt, TextStreams
 __all__ = ["Generation", "GenerationError", "Piece", "Workload"]
 
 _LOGPROB_BYTES: Final = 24  # of one (token id, value), as JSON
+_MAX_TEXTS: Final = 256
 
 T = TypeVar("T")
 
@@ -32,19 +34,28 @@ class GenerationError(StreamKVError):
 class Piece:
     """What one sample has produced since somebody last looked."""
 
-    __slots__ = ("finished", "index", "logprobs", "texts", "token_ids")
+    __slots__ = ("_texts", "finished", "index", "logprobs", "token_ids")
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.texts: list[str] = []
-        self.token_ids: list[int] = []
+        self.token_ids = array("i")  # 4 bytes each, however long nobody looks
         self.logprobs: list[TokenLogprobs] = []
         self.finished: Finished | None = None
+        self._texts: list[str] = []
+
+    def add(self, delta: Delta) -> None:
+        """Append what has come."""
+        self._texts.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        if delta.logprobs is not None:
+            self.logprobs.extend(delta.logprobs)
+        if len(self._texts) > _MAX_TEXTS:
+            self._texts = ["".join(self._texts)]  # many small strings take many times the memory of their text
 
     @property
     def text(self) -> str:
         """All of its text."""
-        return self.texts[0] if len(self.texts) == 1 else "".join(self.texts)
+        return self._texts[0] if len(self._texts) == 1 else "".join(self._texts)
 
 
 class Generation:
@@ -142,13 +153,10 @@ class Generation:
                 self.ended.set()
 
     def _take_delta(self, delta: Delta) -> None:
-        piece = self._piece(delta.id)
-        piece.texts.append(delta.text)
-        piece.token_ids.extend(delta.token_ids)
+        self._piece(delta.id).add(delta)
         if delta.count or delta.offset:  # an echoed prompt is what the client has sent itself: it does not make it slow
             self._weight += len(delta.text.encode())
         if delta.logprobs is not None:
-            piece.logprobs.extend(delta.logprobs)
             self._weight += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in delta.logprobs)
 
     def _piece(self, name: str) -> Piece:

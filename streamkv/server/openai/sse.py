@@ -73,18 +73,17 @@ class EventStream:
             wake: set when it is time for a sign of life; then call `send` with what there is, even if that is nothing.
         """
         self._request = request
-        self._response = web.StreamResponse(headers=_HEADERS | headers)
+        self.response = web.StreamResponse(headers=_HEADERS | headers)
         self._wake = wake
         self._timing = timing
         self._sent_at = timing.clock()
         self._timer: _Timer | None = None
 
-    async def start(self) -> web.StreamResponse:
-        """Send the headers."""
+    async def start(self) -> None:
+        """Send the headers. Raises what `send` does."""
         async with asyncio.timeout(self._timing.send_timeout_s):
-            await self._response.prepare(self._request)
+            await self.response.prepare(self._request)
         self._timer = self._timing.later(self._timing.heartbeat_s, self._tick)
-        return self._response
 
     async def send(self, data: bytes) -> None:
         """Send events; or, if there are none and there have been none for a while, a comment.
@@ -100,12 +99,12 @@ class EventStream:
             data = _COMMENT
         self._sent_at = now
         async with asyncio.timeout(self._timing.send_timeout_s):
-            await self._response.write(data)
+            await self.response.write(data)
 
     async def finish(self, data: bytes) -> None:
         """Send the last events and wait until everything is on its way. Raises what `send` does."""
         self.close()
-        await _send_last(self._request, self._response, data, self._timing.send_timeout_s)
+        await _send_last(self._request, self.response, data, self._timing.send_timeout_s)
 
     def close(self) -> None:
         """No more signs of life."""

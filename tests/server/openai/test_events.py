@@ -125,7 +125,7 @@ async def test_a_lost_engine_ends_streams_and_refuses_requests():
         streaming = asyncio.create_task(stream(served, COMPLETIONS, {"prompt": "abc", "max_tokens": 9}))
         whole = asyncio.create_task(post(served, COMPLETIONS, {"prompt": "abc", "max_tokens": 9}))
         await eventually(lambda: [live.num_tokens for live in served.engine._live.values()] == [2, 2])
-        await eventually(lambda: served.engine._batches.empty())
+        await eventually(served.engine._batches.empty)
         await served.engine._batches.put(None)
         assert (await streaming)[-1]["error"]["code"] == "engine_lost"
         status, body, _ = await whole
@@ -179,22 +179,22 @@ async def test_who_never_reads_is_aborted_when_a_send_takes_too_long():
 
 async def test_who_is_behind_by_too_much_text_is_aborted_at_once_and_text_is_merged_until_then():
     limits = SessionLimits(outbound=2048)
-    async with door(context=100_000, limits=limits, send_timeout_s=600.0) as served:
-        async with deaf(served, {"prompt": "abc", "max_tokens": 60_000, "stream": True}):
-            (generation,) = door_of(served).work._generations
-            worst, pieces = 0, 0
-            look = generation._sink
+    body = {"prompt": "abc", "max_tokens": 60_000, "stream": True}
+    async with door(context=100_000, limits=limits, send_timeout_s=600.0) as served, deaf(served, body):
+        (generation,) = door_of(served).work._generations
+        worst, pieces = 0, 0
+        look = generation._sink
 
-            def watched(events: Any) -> None:
-                nonlocal worst, pieces
-                look(events)
-                worst, pieces = max(worst, generation._weight), max(pieces, len(generation._pieces))
+        def watched(events: Any) -> None:
+            nonlocal worst, pieces
+            look(events)
+            worst, pieces = max(worst, generation._weight), max(pieces, len(generation._pieces))
 
-            served.streams._streams[next(iter(served.streams._streams))].sink = watched
-            await served.engine.release()
-            await eventually(lambda: door_of(served).closed)
-            assert 2048 < worst < 2048 + 64
-            assert pieces == 1
+        served.streams._streams[next(iter(served.streams._streams))].sink = watched
+        await served.engine.release()
+        await eventually(lambda: door_of(served).closed)
+        assert 2048 < worst < 2048 + 64
+        assert pieces == 1
 
 
 async def test_a_slow_reader_gets_everything_merged():
@@ -224,10 +224,10 @@ def _dechunked(data: bytes) -> bytes:
 
 
 async def test_a_whole_answer_that_nobody_reads_is_aborted_too():
-    async with door(context=100_000, send_timeout_s=0.1) as served:
-        async with deaf(served, {"prompt": "abc", "max_tokens": 60_000, "logprobs": 2}):
-            await served.engine.release()
-            await eventually(lambda: door_of(served).closed)
+    body = {"prompt": "abc", "max_tokens": 60_000, "logprobs": 2}
+    async with door(context=100_000, send_timeout_s=0.1) as served, deaf(served, body):
+        await served.engine.release()
+        await eventually(lambda: door_of(served).closed)
 
 
 async def test_a_whole_answer_has_a_bound(monkeypatch: pytest.MonkeyPatch):

@@ -119,8 +119,7 @@ async def test_a_real_model_says_the_same_streamed_whole_and_in_process(real: tu
             # Float sums differ a little with the batch that a step happened to have.
             pairs = zip(logprobs, choice.logprobs.token_logprobs or [], strict=True)
             assert all(ours == theirs or ours == pytest.approx(theirs, abs=1e-3) for ours, theirs in pairs)
-            async for output in engine.generate(text, SamplingParams(**settings)):
-                pass
+            output = [output async for output in engine.generate(text, SamplingParams(**settings))][-1]
             assert output.outputs[0].text == choice.text
             echoed = len(output.prompt_token_ids) if body.get("echo") else 0
             assert len(logprobs) == echoed + len(output.outputs[0].token_ids)

@@ -213,9 +213,14 @@ async def test_an_error_in_a_stream_is_raised_by_the_client():
         served.engine.fail_after = 3  # type: ignore[attr-defined]  # a KnowingEngine
         stream = await client.completions.create(model="fake", prompt="abc", max_tokens=9, stream=True)
         seen = ""
-        with pytest.raises(openai.APIError, match="NaN") as failed:
+
+        async def read() -> None:
+            nonlocal seen
             async for chunk in stream:
                 seen += chunk.choices[0].text
+
+        with pytest.raises(openai.APIError, match="NaN") as failed:
+            await read()
         assert (seen, failed.value.code) == ("abc", "numerical_error")
         with pytest.raises(openai.InternalServerError, match="NaN"):
             await client.completions.create(model="fake", prompt="abc", max_tokens=9)
