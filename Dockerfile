@@ -30,4 +30,5 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["streamkv"]
+# It listens for others and therefore starts only with STREAMKV_API_KEY, or with another command line that has --api-keys.
 CMD ["serve", "--host", "0.0.0.0", "--log-format", "json"]

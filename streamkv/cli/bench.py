@@ -1,151 +1,162 @@
-"""`streamkv bench`: put load on a running server and print what its clients feel.
-
-Every stream completes a prompt of random token ids, greedily and past the end-of-sequence token, so that lengths are exact.
-"""
+"""`streamkv bench serve [URL]`: put load on a running server and print what its clients feel."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
-import random
+import os
 import secrets
-import time
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from pathlib import Path
 
-from streamkv.client import Client, ClientConnectionError, RemoteError, connect
+from streamkv.bench.load import Plan, drive
+from streamkv.bench.plot import distributions
+from streamkv.bench.profiles import PROFILES, fixed
+from streamkv.bench.results import Outcome, Slo, Spread, Summary
+from streamkv.bench.senders import DOORS, Target, open_sender
+from streamkv.bench.trace import BLOCK, TraceRequest, ideal_hit_ratio, read_trace, write_trace
 
 __all__ = ["add_arguments", "run"]
 
-_TOKEN_IDS: Final = range(32, 256)
-"""In every model's vocabulary, and clear of the special tokens that stand first."""
-
-
-@dataclass(slots=True)
-class _Load:
-    """What was measured: seconds and tokens of all streams together.
-
-    Attributes:
-        first: from sending the request to the first token.
-        gaps: from token to token; those that came in one delta share its gap.
-        total: from sending the request to the last frame.
-    """
-
-    first: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    total: list[float] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)
-    tokens: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
+_CONCURRENCY = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--url", default="ws://127.0.0.1:8000/v1/stream", help="(%(default)s)")
-    parser.add_argument("--streams", type=_positive, default=32, metavar="N", help="how many in all (%(default)s)")
-    parser.add_argument(
-        "--rate", type=_rate, default=math.inf, metavar="R", help="arrivals per second, Poisson (default: all at once)"
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="serve")
+    serve = kinds.add_parser("serve", help="load on a running server", description=__doc__)
+    serve.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="(%(default)s)")
+    serve.add_argument("--door", choices=DOORS, default="native", help="WebSocket, or /v1/completions (%(default)s)")
+    serve.add_argument("--streams-per-socket", type=_positive, metavar="K", help="native only (default: what the server runs)")
+    _add_traffic(serve)
+    serve.add_argument("--cancel", type=_share, default=0.0, metavar="SHARE", help="of requests that are given up half-way")
+    serve.add_argument("--slo-ttft", type=_above_0, default=math.inf, metavar="SECONDS", help="to the first token, for goodput")
+    serve.add_argument("--slo-itl", type=_above_0, default=math.inf, metavar="SECONDS", help="mean between tokens, for goodput")
+    serve.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    serve.add_argument("--plot", type=Path, metavar="FILE", help="write the distributions as SVG")
+
+
+def _add_traffic(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("traffic")
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument("--profile", choices=["fixed", *PROFILES], default="fixed", help="see docs/bench.md (%(default)s)")
+    kind.add_argument("--trace", type=Path, metavar="FILE", help="requests in Mooncake's JSONL format")
+    group.add_argument("--requests", type=_positive, metavar="N", help="how many (100, or all of the trace)")
+    pace = group.add_mutually_exclusive_group()
+    pace.add_argument("--concurrency", type=_positive, metavar="N", help=f"at once, closed loop ({_CONCURRENCY} if fixed)")
+    pace.add_argument("--rate", type=_above_0, metavar="R", help="mean arrivals per second, open loop (as in the trace)")
+    group.add_argument(
+        "--scale", type=_power_of_2, default=1, metavar="S", help="divide lengths by a power of 2, for small models"
     )
-    parser.add_argument("--prompt-tokens", type=_positive, default=128, metavar="P", help="of each stream (%(default)s)")
-    parser.add_argument("--output-tokens", type=_positive, default=128, metavar="O", help="of each stream (%(default)s)")
-    parser.add_argument(
-        "--seed", type=int, help="of prompts and arrivals; the same again meets the prefix cache (default: a new one)"
-    )
+    group.add_argument("--prompt-tokens", type=_positive, default=128, metavar="P", help="of profile fixed (%(default)s)")
+    group.add_argument("--output-tokens", type=_positive, default=128, metavar="O", help="of profile fixed (%(default)s)")
+    group.add_argument("--seed", type=int, help="the same again meets the prefix cache (default: a new one)")
+    group.add_argument("--write-trace", type=Path, metavar="FILE", help="write the requests before sending them")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure; 0 if every stream came to its end."""
-    return asyncio.run(_bench(arguments))
+    traffic = _traffic(arguments)
+    if arguments.write_trace is not None:
+        write_trace(arguments.write_trace, traffic.plan.requests)
+    target = Target.at(
+        arguments.url,
+        door=arguments.door,
+        per_socket=arguments.streams_per_socket,
+        api_key=os.environ.get("STREAMKV_API_KEY") or None,
+    )
+    summary, outcomes = asyncio.run(_bench(target, traffic))
+    _print(summary)
+    if arguments.json is not None:
+        setting = {"url": target.base, "door": target.door, "traffic": traffic.name, "seed": traffic.plan.seed}
+        arguments.json.write_text(json.dumps(setting | summary.as_json(), indent=1) + "\n", encoding="utf-8")
+    if arguments.plot is not None:
+        arguments.plot.write_text(_plot(f"{traffic.name}, {target.door}", outcomes), encoding="utf-8")
+    return 1 if summary.errors else 0
 
 
-async def _bench(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class _Traffic:
+    name: str
+    plan: Plan
+
+
+def _traffic(arguments: argparse.Namespace) -> _Traffic:
     seed = arguments.seed if arguments.seed is not None else secrets.randbits(32)
-    source = random.Random(seed)  # noqa: S311  # load, not secrets
-    prompts = [source.choices(_TOKEN_IDS, k=arguments.prompt_tokens) for _ in range(arguments.streams)]
-    starts = _arrivals(source, arguments.streams, arguments.rate)
-    load = _Load()
-    async with AsyncExitStack() as stack:
-        first = await stack.enter_async_context(connect(arguments.url))
-        welcome = first.welcome
-        assert welcome is not None
-        # As many connections as it takes for no stream to wait in its connection's queue.
-        others = range(-(-arguments.streams // welcome.limits.streams) - 1)
-        clients = [first, *[await stack.enter_async_context(connect(arguments.url)) for _ in others]]
-        when = "all at once" if math.isinf(arguments.rate) else f"{arguments.rate:g} a second"
+    count = arguments.requests or 100
+    concurrency = arguments.concurrency
+    if arguments.trace is not None:
+        name, requests = arguments.trace.name, read_trace(arguments.trace)[: arguments.requests]
+    elif arguments.profile != "fixed":
+        name, requests = arguments.profile, PROFILES[arguments.profile].generate(count, seed)
+    else:
+        name = f"{arguments.prompt_tokens} prompt and {arguments.output_tokens} output tokens"
+        requests = fixed(arguments.prompt_tokens, arguments.output_tokens, arguments.rate or 1.0).generate(count, seed)
+        concurrency = concurrency or (_CONCURRENCY if arguments.rate is None else None)
+    plan = Plan(
+        requests,
+        seed,
+        concurrency,
+        speed=_speed(requests, arguments.rate),
+        scale=arguments.scale,
+        cancel_share=arguments.cancel,
+        slo=Slo(arguments.slo_ttft, arguments.slo_itl),
+    )
+    return _Traffic(name, plan)
+
+
+def _speed(requests: list[TraceRequest], rate: float | None) -> float:
+    """How much faster than in the trace requests must come to reach a mean rate."""
+    seconds = (requests[-1].timestamp - requests[0].timestamp) / 1000
+    return rate * seconds / (len(requests) - 1) if rate is not None and seconds > 0 else 1.0
+
+
+async def _bench(target: Target, traffic: _Traffic) -> tuple[Summary, list[Outcome]]:
+    plan = traffic.plan
+    pace = f"{plan.concurrency} at once" if plan.concurrency else f"open loop, {plan.speed:.3g} x the trace's pace"
+    async with open_sender(target) as sender:
+        shared = f", {ideal_hit_ratio(plan.requests):.1%} of blocks seen before" if len(plan.requests) > 1 else ""
         print(
-            f"{welcome.models[0]} at {arguments.url}: {arguments.streams} streams on {len(clients)} connections, {when}, "
-            f"{arguments.prompt_tokens} prompt and {arguments.output_tokens} output tokens each, seed {seed}",
+            f"{sender.model} at {target.base} ({target.door}): {len(plan.requests)} requests, {traffic.name}{shared}, "
+            f"lengths / {plan.scale}, {pace}, seed {plan.seed}",
             flush=True,
         )
-        began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for index, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
-                client = clients[index % len(clients)]
-                group.create_task(_stream(client, prompt, began + start, arguments.output_tokens, load))
-        seconds = time.perf_counter() - began
-    _print(load, seconds)
-    return 1 if load.errors else 0
+        return await drive(plan, sender)
 
 
-def _arrivals(source: random.Random, count: int, rate: float) -> list[float]:
-    """Seconds after the start at which each stream is sent; the first at once."""
-    if math.isinf(rate):
-        return [0.0] * count
-    times = [0.0]
-    while len(times) < count:
-        times.append(times[-1] + source.expovariate(rate))
-    return times
+def _plot(title: str, outcomes: list[Outcome]) -> str:
+    whole = [outcome for outcome in outcomes if outcome.code == "ok"]
+    series = {
+        "time to first token": [outcome.ttft or 0.0 for outcome in whole],
+        "between tokens": [gap for outcome in whole for gap in outcome.gaps],
+        "whole stream": [outcome.ended - outcome.due for outcome in whole],
+    }
+    return distributions(title, series)
 
 
-async def _stream(client: Client, prompt: list[int], due: float, max_tokens: int, load: _Load) -> None:
-    """Send one stream when it is due and follow it to its end."""
-    await asyncio.sleep(due - time.perf_counter())
-    sent = last = time.perf_counter()
-    stream = client.complete(prompt, max_tokens=max_tokens, temperature=0, ignore_eos=True)
-    try:
-        async for delta in stream:
-            now = time.perf_counter()
-            if delta.o == 0:
-                load.first.append(now - sent)
-                load.gaps += [0.0] * (delta.n - 1)
-            else:
-                load.gaps += [(now - last) / max(1, delta.n)] * delta.n
-            load.tokens += delta.n
-            last = now
-    except RemoteError as error:
-        load.errors[f"{error.remote_code}: {error.message}"] += 1
-        return
-    except ClientConnectionError as error:
-        load.errors[error.message] += 1
-        return
-    load.total.append(time.perf_counter() - sent)
-    assert stream.done is not None
-    if stream.done.finish_reason != "length":
-        load.errors[f"ended with {stream.done.finish_reason} before its length"] += 1
-    load.prompt_tokens += stream.done.usage.prompt
-    load.cached_tokens += stream.done.usage.cached
+def _print(summary: Summary) -> None:
+    print(f"{'milliseconds':<24}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}")
+    rows = (("time to first token", summary.ttft), ("between tokens", summary.itl), ("whole stream", summary.e2e))
+    for name, spread in (*rows, ("sent too late by", summary.lateness)):
+        print(f"{name:<24}{_cells(spread)}")
+    print(
+        f"{summary.output_tokens:,} output tokens in {summary.seconds:.2f} s: {summary.tokens_per_s:,.1f} tok/s, "
+        f"{summary.requests_per_s:.2f} requests/s"
+    )
+    if not math.isinf(summary.slo.ttft) or not math.isinf(summary.slo.itl):
+        print(f"goodput: {summary.goodput:.2f} requests/s, {summary.good} of {summary.requests} within the SLO")
+    share = summary.cached_tokens / summary.prompt_tokens if summary.prompt_tokens else 0.0
+    print(f"{summary.cached_tokens:,} of {summary.prompt_tokens:,} prompt tokens from the prefix cache ({share:.1%})")
+    print(f"completed: {summary.completed}, cancelled: {summary.cancelled}, errors: {sum(summary.errors.values())}")
+    for code, count in summary.errors.items():
+        print(f"  {count} x {code}: {summary.messages.get(code, '')}".rstrip(": "))
 
 
-def _print(load: _Load, seconds: float) -> None:
-    print(f"{'milliseconds':<24}{'p50':>10}{'p90':>10}{'p99':>10}")
-    for name, values in (("time to first token", load.first), ("between tokens", load.gaps), ("whole stream", load.total)):
-        cells = "".join(f"{_percentile(values, share) * 1000:>10.1f}" if values else f"{'-':>10}" for share in (0.5, 0.9, 0.99))
-        print(f"{name:<24}{cells}")
-    print(f"{load.tokens:,} output tokens in {seconds:.2f} s: {load.tokens / seconds:,.1f} tok/s")
-    print(f"{load.cached_tokens:,} of {load.prompt_tokens:,} prompt tokens from the prefix cache")
-    print(f"errors: {sum(load.errors.values())}")
-    for message, count in load.errors.most_common():
-        print(f"  {count} x {message}")
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values do not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
+def _cells(spread: Spread | None) -> str:
+    values = (None,) * 4 if spread is None else (spread.mean, spread.p50, spread.p90, spread.p99)
+    return "".join(f"{'-':>10}" if value is None else f"{value:>10.1f}" for value in values)
 
 
 def _positive(text: str) -> int:
@@ -155,11 +166,29 @@ def _positive(text: str) -> int:
     return value
 
 
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not value > 0:
+def _power_of_2(text: str) -> int:
+    value = _positive(text)
+    if value & (value - 1) or value > BLOCK // 4:
+        raise argparse.ArgumentTypeError(f"{text!r} is no power of 2 up to {BLOCK // 4}")
+    return value
+
+
+def _above_0(text: str) -> float:
+    value = _number(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return value
+
+
+def _share(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

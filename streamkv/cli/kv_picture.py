@@ -12,7 +12,7 @@ __all__ = ["Picture", "page"]
 _WINDOW_S: Final = 10.0
 _MOMENT_S: Final = 1e-6  # from one message to itself
 _USED, _CACHED, _FENCED = 2, 1, 3
-_SHADES: Final = {"free": " ", "cached": "░", "others": "▒", "fenced": "▒", "yours": "█"}
+_SHADES: Final = {"free": "·", "cached": "░", "others": "▒", "fenced": "▒", "yours": "█"}
 _COLOURS: Final = {"free": 236, "cached": 24, "others": 244, "fenced": 130, "yours": 71}
 _HALF: Final = "▀"
 

@@ -152,7 +152,7 @@ async def _serve(engine_settings: EngineConfig, config: ServerConfig) -> int:
                 server = Server(streams, config)
                 ready = asyncio.Event()
                 announcing = asyncio.create_task(_announce(server, config, ready))
-                watchdog.start(lambda: client.computing_since)
+                watchdog.start(client.progress)
                 try:
                     complete = await run_until_signalled(server, ready=ready)
                 finally:

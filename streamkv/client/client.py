@@ -223,8 +223,9 @@ class Client:
             return error
         finally:
             writer.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writer
+            await asyncio.wait(
+                {writer}
+            )  # not `await writer`: a cancellation of this very task must not be taken for the writer's
 
     async def _reconnect(self, lost: ClientConnectionError) -> MessageSocket | None:
         """A new connection of the same session, if the server still has it; with full jitter between the attempts."""
@@ -367,5 +368,4 @@ async def connect(
         finally:
             await client.close(timeout)
             running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await running
+            await asyncio.wait({running})

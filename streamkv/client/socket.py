@@ -87,14 +87,10 @@ async def open_socket(
             )
             greeted = MessageSocket(socket, codec)
             try:
-                await greeted.send(hello)
-                welcome = await greeted.receive()
-                if not isinstance(welcome, m.Welcome):
-                    raise ClientConnectionError("the server did not send welcome")
+                return greeted, await _greet(greeted, hello)
             except BaseException:
                 await socket.close()
                 raise
-            return greeted, welcome
     except aiohttp.WSServerHandshakeError as error:
         message = f"the server at {url} refused the connection: HTTP {error.status}"
         raise ClientConnectionError(message, again=error.status in (429, 502, 503, 504)) from error
@@ -102,3 +98,11 @@ async def open_socket(
         raise ClientConnectionError(f"the server at {url} did not answer within {timeout:g} s", again=True) from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise ClientConnectionError(f"no server at {url}: start one with `streamkv serve`", again=True) from error
+
+
+async def _greet(socket: MessageSocket, hello: m.Hello) -> m.Welcome:
+    await socket.send(hello)
+    welcome = await socket.receive()
+    if not isinstance(welcome, m.Welcome):
+        raise ClientConnectionError("the server did not send welcome")
+    return welcome

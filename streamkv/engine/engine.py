@@ -121,10 +121,9 @@ class InProcessEngine:
         """Constant facts about model and engine."""
         return self._info
 
-    @property
-    def computing_since(self) -> float | None:
-        """When the step that is being computed was started, on the monotonic clock; None = none is. For any thread to read."""
-        return self._thread.busy_since
+    def progress(self) -> tuple[float | None, float]:
+        """(when the step that is being computed began, None = none is; processor time used for steps so far). For any thread."""
+        return self._thread.busy_since, self._thread.computed()
 
     async def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises what `EngineClient.submit` says."""

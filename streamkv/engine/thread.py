@@ -6,7 +6,9 @@ One thread means one OpenMP team and one current CUDA stream, and it leaves the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +29,7 @@ class RunnerThread:
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="streamkv-runner")
+        self._processor: int | None = None  # the thread's own clock
         self.busy_since: float | None = None
         """When the function that runs now was started, on the monotonic clock; None = none does. For any thread to read."""
 
@@ -34,7 +37,17 @@ class RunnerThread:
         """Start `function` after everything submitted before; its result as a future of the running loop."""
         return asyncio.wrap_future(self._executor.submit(self._run, partial(function, *args, **kwargs)))
 
+    def computed(self) -> float:
+        """Seconds of processor time that the thread has used so far; of the process, where that cannot be told."""
+        if self._processor is None:
+            return time.process_time()
+        with contextlib.suppress(OSError):
+            return time.clock_gettime(self._processor)
+        return 0.0  # it has ended
+
     def _run(self, call: Callable[[], T]) -> T:
+        if self._processor is None and hasattr(time, "pthread_getcpuclockid"):
+            self._processor = time.pthread_getcpuclockid(threading.get_ident())
         self.busy_since = time.monotonic()
         try:
             return call()

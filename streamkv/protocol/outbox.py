@@ -21,6 +21,8 @@ __all__ = ["Outbox"]
 _LOGPROB_BYTES: Final = 24  # of one (token id, value), as JSON
 _PROMPT_ENTRIES: Final = 64
 """Prompt tokens in one frame, so that one stream's scores do not hold up the others' text."""
+_AWAY_TOKENS: Final = 64
+"""Tokens in one chunk of a stream without a connection, for the same reason."""
 
 
 class Outbox:
@@ -42,10 +44,10 @@ class Outbox:
     def attach(self, stream: OutStream, now: float) -> None:
         """Its output goes to this connection."""
         stream.attached = True
-        stream.said_at = now
         if stream.id not in self.streams:
             self.streams[stream.id] = stream
             self.bytes += stream.weight
+        self._spoke(stream, now)
         self._changed(stream)
 
     def open(self, stream: OutStream, accepted: m.Accepted) -> None:
@@ -61,12 +63,12 @@ class Outbox:
             stream.first_at = now
         size = len(event.text.encode())
         # An echoed prompt is what the client has sent itself, in one frame: that it waits does not make the client slow.
-        weight = size if event.count or stream.num_tokens > stream.base else 0
+        is_echo = not event.count and stream.num_tokens == stream.base
+        weight = 0 if is_echo else size
+        stream.chars -= len(event.text) if is_echo else 0
         if event.logprobs is not None:
             stream.logprobs.extend(event.logprobs)
             weight += _LOGPROB_BYTES * sum(1 + len(entry.top) for entry in event.logprobs)
-        elif not event.count and stream.num_tokens == stream.base:
-            stream.chars -= len(event.text)  # an echo: not text of the stream's own
         stream.count += event.count
         if event.text:
             stream.pieces.append(event.text)
@@ -75,6 +77,8 @@ class Outbox:
         stream.weight += weight
         if stream.attached:
             self.bytes += weight
+        elif stream.count >= _AWAY_TOKENS:
+            stream.take()
         self._changed(stream)
 
     def prompt(self, stream: OutStream, logprobs: PromptLogprobs) -> None:

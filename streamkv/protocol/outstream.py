@@ -178,7 +178,7 @@ class OutStream:
     def go_on(self) -> None:
         """It has credit again: an engine says nothing of that."""
         self.move(StreamState.DECODE)
-        self.told = "decode"
+        self.told = "decode" if self.told == "stalled" else self.told
         if self.status is not None:
             self.status = m.Status(self.id, "decode", self.status.cached)
 
@@ -221,6 +221,8 @@ class OutStream:
 
     def resume(self, offset: int) -> bool:
         """Send again from a token offset on; False if that cannot be done exactly, and then nothing changes."""
+        if not self.attached and self.has_text:
+            self.take()  # it has waited for nobody: sent again or for the first time, it does not make the client slow
         chunks = self.ring.since(offset)
         if chunks is None:
             return False

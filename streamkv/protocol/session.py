@@ -17,7 +17,7 @@ import math
 import re
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final, TypeVar
 
@@ -37,6 +37,10 @@ __all__ = ["Action", "CancelStream", "Close", "ForkOf", "GrantCredit", "OpenStre
 _ID: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _ID_RULE: Final = "1 to 64 characters A-Z a-z 0-9 _ . -"
 _MAX_BAD_FRAMES: Final = 32
+_RECORD_BYTES: Final = 4096
+_TOKEN_BYTES: Final = 40  # of an int in a list
+_BODY_FACTOR: Final = 4
+"""Objects are larger than their JSON, and a body is kept as it came and as it was read."""
 
 T = TypeVar("T")
 
@@ -175,7 +179,7 @@ class Session:
                 stream.since = now
             else:
                 actions += self._give_up(stream)
-        return [*actions, *self._closed_if_empty()]
+        return [*actions, *self.start_waiting(), *self._closed_if_empty()]
 
     def close(self) -> list[Action]:
         """Everything ends, nothing is sent any more; these must be cancelled."""
@@ -396,13 +400,16 @@ class Session:
     ) -> list[Action]:
         credit = None if message.max is None or message.max == m.MAX_CREDIT else message.max
         keys: list[str] = []
+        loose = self._codec.decode_any(body[1])
         for stream_id in ids:
             self._drop_retained(stream_id)  # its name has a new life
             key = f"{stream_id}#{self._next_key}"
             self._next_key += 1
             keeps = message.on_disconnect == "grace"
             stream = OutStream(stream_id, self._now, key=key, base=base, credit=credit, keeps=keeps)
-            stream.body = (body[0], self._codec.decode_any(body[1]))
+            stream.body, stream.body_bytes = (body[0], loose), _BODY_FACTOR * len(bytes(body[1]))
+            if fork is not None and fork.added is None:
+                stream.inherited_chars = fork.chars
             self._streams[stream_id] = self._engine[key] = stream
             self._outbox.attach(stream, self._now)
             keys.append(key)
@@ -432,7 +439,7 @@ class Session:
             return []
         stream.credit = limit
         if stream.state is StreamState.STALLED:
-            stream.move(StreamState.DECODE)
+            stream.go_on()
         # Samples of one prompt start with one credit; what each has beyond that is granted once it is opened.
         return [GrantCredit(stream.key, limit - stream.base)] if stream.key in self._running else []
 
@@ -448,9 +455,11 @@ class Session:
             self._outbox.say(m.Error("resume_gone", "this part of the stream is no longer kept; create it again", named, "id"))
             if stream is None or here or wrong_epoch:
                 return []
-            return self._give_up(stream)
+            return [*self._give_up(stream), *self.start_waiting()]
         if self._drop_retained(message.id):
             self._streams[message.id] = stream
+        if not here and stream.end is None:
+            stream.since = self._now
         self._outbox.say(m.Resumed(message.id, message.from_, stream.state.value))
         self._outbox.attach(stream, self._now)
         return [] if message.max is None else self._raise_credit(stream, min(max(0, message.max), m.MAX_CREDIT))
@@ -475,7 +484,11 @@ class Session:
         position, wish = next((position, wish) for position, wish in enumerate(self._waiting) if key in wish.keys)
         rest = tuple(other for other in wish.keys if other != key)
         if rest:
-            self._waiting[position] = OpenStreams(rest, wish.body, wish.priority, wish.credit, wish.fork)
+            body = wish.body
+            if not isinstance(body, ParsedBody):  # one input per stream
+                inputs = tuple(given for other, given in zip(wish.keys, body.inputs, strict=True) if other != key)
+                body = msgspec.structs.replace(body, inputs=inputs)
+            self._waiting[position] = replace(wish, keys=rest, body=body)
         else:
             del self._waiting[position]
 
@@ -499,14 +512,20 @@ class Session:
         if stream is None:
             return [CancelStream(key)]  # given up while the request was on its way
         stream.record = record
+        stream.body_bytes += _RECORD_BYTES + _TOKEN_BYTES * prompt_tokens
         self._outbox.open(stream, m.Accepted(stream.id, rid, prompt_tokens))
         if stream.end is not None:
             del self._engine[key]  # its last event has come before this
             return []
         if stream.state is StreamState.CANCELLING:
             return [CancelStream(key)]
+        if stream.credit is None:
+            return []
+        if stream.credit == stream.base and stream.state is StreamState.QUEUED:
+            # It sleeps in the engine, which says nothing of who may not even begin.
+            self._status(stream, text.Status(key, "stalled"))
         # It may have grown while the request was on its way.
-        return [] if stream.credit is None else [GrantCredit(key, stream.credit - stream.base)]
+        return [GrantCredit(key, stream.credit - stream.base)]
 
     def refused(self, keys: tuple[str, ...], error: StreamKVError) -> list[Action]:
         """The engine cannot take these. Returns what may start in their place."""
@@ -522,18 +541,22 @@ class Session:
         """What a step produced, by key. Returns what may start now, and what nobody will ever read."""
         self._now = now
         actions: list[Action] = []
+        stalled: set[str] = set()  # by these events: the text that has used up the credit comes with them
         ended = False
         for event in events:
             stream = self._engine.get(event.id)
             if stream is None or stream.end is not None:
                 continue  # given up, or an engine that goes on after a last event
             if isinstance(event, text.Delta):
+                if stream.state is StreamState.STALLED and event.id not in stalled:
+                    stream.go_on()  # credit and the news that there was none have crossed
                 self._outbox.text(stream, event, now)
                 if not stream.attached and stream.num_tokens - stream.ring.start > self._limits.ring:
                     actions += self._give_up(stream)  # what has been forgotten cannot be resumed: do not compute on
             elif isinstance(event, text.PromptRead):
                 self._outbox.prompt(stream, event.logprobs)
             elif isinstance(event, text.Status):
+                stalled.add(event.id if event.state == "stalled" else "")
                 self._status(stream, event)
             else:
                 self._finish(stream, _ending(event, stream))
@@ -543,7 +566,9 @@ class Session:
     def _status(self, stream: OutStream, event: text.Status) -> None:
         if stream.state is StreamState.CANCELLING:
             return
-        if event.state == "stalled":
+        if stream.state is StreamState.STALLED and event.state == "preempted":
+            return  # stalled streams lose their blocks first; this one is stalled all the same, and its time runs
+        if event.state == "stalled" and stream.attached:
             stream.since = self._now
         stream.move(StreamState(event.state))
         self._outbox.status(stream, m.Status(stream.id, event.state, event.cached))
@@ -678,14 +703,14 @@ class Session:
         """
         message = self._outbox.next_message(now, busy=busy)
         if isinstance(message, (m.Done, m.Error)) and message.id is not None:
-            self._retain(message)
+            self._retain(message, now)
         return message
 
     def next_due(self, now: float, *, busy: bool = False) -> float | None:
         """Seconds until `next_message` has something, 0 = now; None = not before something comes in."""
         return self._outbox.next_due(now, busy=busy)
 
-    def _retain(self, last: m.Done | m.Error) -> None:
+    def _retain(self, last: m.Done | m.Error, now: float) -> None:
         """The last frame is on its way and may be lost with the connection: keep what could be asked for again."""
         assert last.id is not None
         stream = self._streams.get(last.id)
@@ -694,6 +719,7 @@ class Session:
         del self._streams[last.id]
         if stream.keeps and stream.record is not None:
             stream.attached = False
+            stream.since = now
             stream.kept = stream.bytes
             self._retained[last.id] = stream
             self._kept += stream.kept
@@ -720,9 +746,11 @@ class Session:
 
 def _chars_at(stream: OutStream, at: int) -> int | None:
     """Characters of a stream's text that its client has, or will have, of the tokens before `at`."""
-    if at == stream.num_tokens:
-        return stream.chars + sum(map(len, stream.pieces))
-    return 0 if at == stream.base == 0 else stream.ring.chars_at(at)
+    before = stream.inherited_chars
+    if at == stream.base or before is None:
+        return before
+    own = stream.chars + sum(map(len, stream.pieces)) if at == stream.num_tokens else stream.ring.chars_at(at)
+    return None if own is None else before + own
 
 
 def _ending(event: text.Finished, stream: OutStream) -> m.Done | m.Error:

@@ -101,7 +101,7 @@ def check_bounds(config: Mapping[str, Any], what: object) -> None:
 def _check_number(key: str, value: object, what: object) -> None:
     low, high = BOUNDS[key]
     kinds = (int, float) if key in _FRACTIONAL else (int,)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:  # type: ignore[operator]  # a number
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
         number = "a number" if key in _FRACTIONAL else "an integer"
         raise ModelLoadError(f"{what} sets {key} to {str(value)[:40]!r}; it must be {number} from {low:g} to {high:g}")
 

@@ -173,9 +173,8 @@ class _Listing:
         return self.low == -torch.inf
 
     def _listed(self) -> torch.Tensor:
-        """True where all that is kept and has a weight is among these logits."""
-        last = self.values[:, -1:]
-        return torch.ones_like(self.known) if self._complete else (last < self.low) | (last == -torch.inf)
+        """True where all that is kept is among these logits."""
+        return torch.ones_like(self.known) if self._complete else self.values[:, -1:] < self.low
 
     def top_k(self, k: torch.Tensor) -> None:
         """Keep the k largest; 0 = all."""

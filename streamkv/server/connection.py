@@ -88,7 +88,8 @@ class Connection:
 
     def _receive(self, data: bytes, *, is_text: bool) -> None:
         if self.live is not None:
-            self.live.receive(data, is_text=is_text)
+            if self._is_current:  # else it speaks for a session that another connection has taken over
+                self.live.receive(data, is_text=is_text)
             return
         hello = read_hello(self._codec, data, is_text=is_text)
         if isinstance(hello, Close):
@@ -171,7 +172,7 @@ class Connection:
         """Send one message; False if none is due."""
         if self.live is None or not (self._is_current or self.live.session.closed):
             return False
-        message = self.live.session.next_message(time.monotonic(), busy=self._busy)
+        message = self.live.next_message(busy=self._busy)
         if message is None:
             return False
         async with asyncio.timeout(self._config.send_timeout_s):

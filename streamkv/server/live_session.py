@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from streamkv.errors import InvalidRequestError, StreamKVError
+from streamkv.protocol import messages as m
 from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
 from streamkv.protocol.session import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams, Session
 from streamkv.server.principal import Principal
@@ -124,6 +125,13 @@ class LiveSession:
         """One frame from the peer."""
         self.perform(self.session.receive(data, is_text=is_text, now=self._clock()))
         self._wake()
+
+    def next_message(self, *, busy: bool) -> m.ServerMessage | None:
+        """For the peer to send, if anything is due; see `Session.next_message`."""
+        message = self.session.next_message(self._clock(), busy=busy)
+        if isinstance(message, (m.Done, m.Error)):
+            self._arm()  # the stream is kept for a while from now on
+        return message
 
     def detach(self, peer: Peer) -> None:
         """The peer is gone. Nothing happens if another one has taken its place."""

@@ -78,22 +78,22 @@ class MetricsDoor:
         method = request.method if resource is not None else "none"
         TRACEPARENT.set(request.headers.get("traceparent"))
         OPERATION.set("chat" if path == "/v1/chat/completions" else "text_completion")
+        status = 500
         try:
             response = await handler(request)
+            status = response.status
         except web.HTTPException as error:
-            self.recorder.http(path, method, error.status)
+            status = error.status
             raise
         except asyncio.CancelledError:
-            self.recorder.http(path, method, _CLIENT_LEFT)
-            raise
-        except Exception:
-            self.recorder.http(path, method, 500)
+            status = _CLIENT_LEFT
             raise
         finally:
             since = request.get(_SOCKET_SINCE)
             if since is not None:
+                status = 101  # was the answer; how the socket ended is another matter
                 self.recorder.disconnected(self._clock() - since)
-        self.recorder.http(path, method, response.status)
+            self.recorder.http(path, method, status)
         return response
 
     async def count_socket(self, request: web.Request, response: web.StreamResponse) -> None:

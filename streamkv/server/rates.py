@@ -15,10 +15,11 @@ _LEAST_S: Final = 0.05
 class Rate:
     """Units per second of the time in which there was work; seconds long past count less and less."""
 
-    __slots__ = ("_amount", "_at", "_seconds")
+    __slots__ = ("_amount", "_at", "_seconds", "_since")
 
     def __init__(self) -> None:
-        self._amount = self._seconds = 0.0
+        self._amount = self._seconds = 0.0  # both with the weight that their time has now
+        self._since = 0.0  # seconds of work since the last amount
         self._at: float | None = None  # until when it has been counted; None = there is no work
 
     def busy(self, now: float) -> None:
@@ -32,9 +33,11 @@ class Rate:
         self._at = None
 
     def add(self, amount: float, now: float) -> None:
-        """So much has been done."""
+        """So much has been done since the last time."""
         self._advance(now)
-        self._amount += amount
+        # Done little by little: it weighs what those seconds weigh, however long ago they began.
+        self._amount += amount * (_weight(self._since) / self._since if self._since > 0 else 1.0)
+        self._since = 0.0
 
     def per_second(self, now: float) -> float | None:
         """The rate; None as long as too little has been seen."""
@@ -49,7 +52,13 @@ class Rate:
         elapsed, self._at = now - self._at, now
         kept = math.exp(-elapsed / _MEMORY_S)
         self._amount *= kept
-        self._seconds = self._seconds * kept + _MEMORY_S * (1.0 - kept)
+        self._seconds = self._seconds * kept + _weight(elapsed)
+        self._since += elapsed
+
+
+def _weight(seconds: float) -> float:
+    """Of the last so many seconds together."""
+    return _MEMORY_S * (1.0 - math.exp(-seconds / _MEMORY_S))
 
 
 class Mean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -20,6 +21,7 @@ __all__ = ["SessionStore"]
 
 _MAX_RETAINED: Final = 64 << 20
 """Bytes that all sessions together may keep for resumes and forks."""
+_BALANCE_S: Final = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +35,7 @@ class SessionStore:
         self._config = config
         self._moved = moved
         self._sessions: dict[str, LiveSession] = {}
+        self._balance_at = 0.0
 
     def __iter__(self) -> Iterator[LiveSession]:
         return iter(tuple(self._sessions.values()))
@@ -80,6 +83,10 @@ class SessionStore:
 
     def _ended_something(self) -> None:
         self._moved()
+        now = time.monotonic()
+        if now >= self._balance_at:
+            self._balance_at = now + _BALANCE_S
+            self.balance()
 
     def balance(self) -> None:
         """Forget the oldest finished streams while all sessions together keep too much."""

@@ -3,7 +3,7 @@
 A thread of its own looks at two things: how long the engine's runner has been at one step, and when the event loop last
 turned. It needs neither of them, no lock that others hold and no logging, only the interpreter.
 
-    a step that uses the processor  is slow, not hung: it gets `COMPUTING` times as long
+    a step that uses the processor  is slow, not hung, even if others leave it little: it gets `COMPUTING` times as long
     a step that does not            hangs after the limit, or after 20 times what nearly all steps take here, if that is longer
     a loop that does not turn       hangs after the limit
     time in which this thread did not run either (a stopped process, a suspended machine) does not count
@@ -29,8 +29,10 @@ EXIT_STATUS: Final = 70
 """EX_SOFTWARE of sysexits.h."""
 
 COMPUTING: Final = 30.0
+_BUSY: Final = 0.05
 _STEPS_ALLOWED: Final = 20.0  # times the 99th percentile
 _TICKS: Final = 20  # looks within the limit
+_ENOUGH: Final = 5
 _REMEMBERED: Final = 512
 
 
@@ -53,7 +55,7 @@ class Hang:
             step: when the step began that is being computed, or None: any number that is another one for every step.
             beat: number of turns of the event loop.
             elapsed: seconds since the last look.
-            computed: seconds of processor time since then, of all threads.
+            computed: seconds of processor time that steps have used since then.
         """
         self._silence = 0.0 if beat != self._beat else self._silence + elapsed
         self._beat = beat
@@ -73,9 +75,12 @@ class Hang:
     @property
     def _allowed(self) -> float:
         ages = sorted(self._slow)
-        usual = ages[math.ceil(0.99 * len(ages)) - 1] if ages else 0.0
+        usual = 0.0
+        if len(ages) >= _ENOUGH:
+            # Of few steps one slow one, such as the very first, is no rule.
+            usual = ages[math.ceil(0.99 * len(ages)) - 1] if len(ages) >= 100 else ages[len(ages) // 2]
         allowed = max(self._limit, _STEPS_ALLOWED * usual)
-        return allowed * self._computing if self._step_computed > self._step_age / 2 else allowed
+        return allowed * self._computing if self._step_computed > _BUSY * self._step_age else allowed
 
 
 class Watchdog:
@@ -85,21 +90,22 @@ class Watchdog:
         """A limit of 0 makes one that does nothing."""
         self._limit = limit_s
         self._computing = computing
-        self._computing_since: Callable[[], float | None] = lambda: None
+        self._progress: Callable[[], tuple[float | None, float]] = lambda: (None, 0.0)
         self._tick = limit_s / _TICKS
         self._beats = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="streamkv-watchdog", daemon=True)
 
-    def start(self, computing_since: Callable[[], float | None]) -> None:
+    def start(self, progress: Callable[[], tuple[float | None, float]]) -> None:
         """Start looking; call it on the event loop, once the server is ready: what is loaded before may take as long as it takes.
 
         Args:
-            computing_since: when the engine's present step began, or None; must answer from any thread at any time.
+            progress: when the engine's present step began, or None, and the processor time that steps have used so far; must
+                answer from any thread at any time.
         """
         if not self._limit:
             return
-        self._computing_since = computing_since
+        self._progress = progress
         loop = asyncio.get_running_loop()
 
         def beat() -> None:
@@ -118,11 +124,11 @@ class Watchdog:
 
     def _run(self) -> None:
         hang = Hang(self._limit, computing=self._computing)
-        at, computed = time.monotonic(), time.process_time()
+        at, computed = time.monotonic(), self._progress()[1]
         while not self._stop.wait(self._tick):
-            now, used = time.monotonic(), time.process_time()
+            now, (step, used) = time.monotonic(), self._progress()
             reason = hang.look(
-                step=self._computing_since(),
+                step=step,
                 beat=self._beats,
                 # Whoever wakes up late was stopped himself, and so was everybody else.
                 elapsed=min(now - at, 2 * self._tick),

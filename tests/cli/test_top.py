@@ -43,7 +43,7 @@ def test_blocks_are_drawn_as_they_are():
     picture.take(message(runs=RUNS, requests=[mine(1, 2, 4), {"n": 2, "blocks": 1}]))
     assert picture.kinds == ["yours"] * 2 + ["others"] + ["cached"] * 2 + ["free"] * 3
     lines = page(picture, "http://x", 80, 40, colour=False)
-    assert "██▒░░   " in lines
+    assert "██▒░░···" in lines
     picture.take(message("delta", runs=[[0, 2, 0, 0, -1, -1, -1], [7, 1, 3, 0, -1, -1, -1]]))
     assert picture.kinds == ["free"] * 2 + ["others"] + ["cached"] * 2 + ["free"] * 2 + ["fenced"]
 

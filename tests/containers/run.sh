@@ -10,6 +10,7 @@ cd "$(dirname "$0")/../.."
 engine=${ENGINE:-docker}
 compose=${COMPOSE:-docker compose}
 export STREAMKV_PORT=${STREAMKV_PORT:-8300}
+unset STREAMKV_API_KEY
 name=streamkv-check
 said=$(mktemp)
 
@@ -19,6 +20,13 @@ fail() { echo "FAILED: $1" >&2; $engine logs "$container" 2>&1 | tail -20 >&2; e
 say "build"
 # shellcheck disable=SC2086  # several words on purpose
 $engine build ${BUILD_FLAGS:-} --build-arg PYTHON_IMAGE="${PYTHON_IMAGE:-docker.io/library/python:3.11-slim}" -t streamkv:cpu .
+
+say "without a key nothing starts"
+if $compose -p "$name" up -d --no-build >/dev/null 2>&1; then $compose -p "$name" down; echo "FAILED: compose starts without a key" >&2; exit 1; fi
+if refused=$($engine run --rm streamkv:cpu 2>&1); then echo "FAILED: the image serves without a key" >&2; exit 1; fi
+grep -q "STREAMKV_API_KEY" <<< "$refused" || { echo "FAILED: it does not say what to do: $refused" >&2; exit 1; }
+STREAMKV_API_KEY=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
+export STREAMKV_API_KEY
 
 say "up"
 trap '$compose -p $name down >/dev/null 2>&1 || true' EXIT
@@ -37,6 +45,12 @@ say "the health check passes, the process is not root, the root file system is r
 $engine exec "$container" python3 -c "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)" || fail "health check"
 [ "$($engine exec "$container" id -u)" != 0 ] || fail "it runs as root"
 if $engine exec "$container" sh -c 'echo x > /home/streamkv/x' 2>/dev/null; then fail "the root file system is writable"; fi
+
+say "a key is asked for"
+status() { curl -s -o /dev/null -w '%{http_code}' "$@" "http://127.0.0.1:$STREAMKV_PORT/v1/models"; }
+[ "$(status)" = 401 ] || fail "no key: $(status)"
+[ "$(status -H "Authorization: Bearer wrong")" = 401 ] || fail "a wrong key was accepted"
+[ "$(status -H "Authorization: Bearer $STREAMKV_API_KEY")" = 200 ] || fail "the key was refused"
 
 say "chat"
 answer=$($engine exec "$container" streamkv chat --once "Hello!")
@@ -59,4 +73,4 @@ code=$($engine inspect --format '{{.State.ExitCode}}' "$container")
 $engine logs "$container" 2>&1 | grep '"drained"' || fail "no word about draining"
 
 say "done"
-echo "5 passed, 0 failed"
+echo "7 passed, 0 failed"

@@ -26,10 +26,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.sampling_params": ANYWHERE,
     "streamkv.core": {"streamkv.errors"},
     "streamkv.attention": ANYWHERE,
-    "streamkv.backend_registry": ANYWHERE | SEAM,
+    "streamkv.entry_points": ANYWHERE,
+    "streamkv.backend_registry": ANYWHERE | SEAM | {"streamkv.entry_points"},
     "streamkv.demo": set(),
     "streamkv.hub": ANYWHERE,
-    "streamkv.runner": ANYWHERE | VALUES | CORE | SEAM,
+    "streamkv.runner": ANYWHERE | VALUES | CORE | SEAM | {"streamkv.entry_points"},
     "streamkv.engine": ANYWHERE
     | VALUES
     | CORE
@@ -43,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.observe": ANYWHERE | VALUES | API | {"streamkv.text"},
     "streamkv.server": ANYWHERE | VALUES | {"streamkv.protocol", "streamkv.text", "streamkv.observe", "streamkv"},
     "streamkv.client": ANYWHERE | VALUES | {"streamkv.protocol"},
+    "streamkv.bench": ANYWHERE | {"streamkv.client"},
     "streamkv.cli": {"streamkv"},
     "streamkv.__main__": {"streamkv.cli"},
     # the top level's lazy names
@@ -61,6 +63,7 @@ FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
     "streamkv.observe": {"aiohttp", "torch", "transformers"},
     "streamkv.server": {"torch", "transformers"},
     "streamkv.client": {"torch", "transformers"},
+    "streamkv.bench": {"torch", "transformers"},
 }
 
 

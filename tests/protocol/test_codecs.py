@@ -17,6 +17,7 @@ TEXT = st.text(max_size=20)
 COUNT = st.integers(0, 2**53)
 SECONDS = st.floats(0, 1e9, allow_nan=False)
 NUMBER = st.floats(allow_nan=False, allow_infinity=False)
+STATES = ["queued", "prefill", "decode", "stalled", "preempted"]
 LOGPROBS = st.none() | st.lists(st.fixed_dictionaries({"chosen": NUMBER, "top": st.lists(st.tuples(COUNT, NUMBER).map(list))}))
 
 SERVER = st.one_of(
@@ -26,15 +27,15 @@ SERVER = st.one_of(
         epoch=TEXT,
         server=TEXT,
         models=st.lists(TEXT),
-        limits=st.builds(
-            m.Limits, streams=COUNT, queue=COUNT, frame=COUNT, hello_s=SECONDS, window=st.none() | COUNT, ring=COUNT
-        ),
+        limits=st.builds(m.Limits, streams=COUNT, queue=COUNT, frame=COUNT, hello_s=SECONDS, window=COUNT, ring=COUNT),
         heartbeat_s=SECONDS,
+        grace_s=SECONDS,
         resume_s=SECONDS,
         resumed=st.booleans(),
     ),
     st.builds(m.Accepted, id=TEXT, rid=TEXT, prompt_tokens=st.none() | COUNT),
-    st.builds(m.Status, id=TEXT, state=st.sampled_from(["queued", "prefill", "decode", "preempted"]), cached=st.none() | COUNT),
+    st.builds(m.Status, id=TEXT, state=st.sampled_from(STATES), cached=st.none() | COUNT),
+    st.builds(m.Resumed, id=TEXT, from_=COUNT, state=st.sampled_from([*STATES, "cancelling", "done"])),
     st.builds(m.Prompt, id=TEXT, o=COUNT, lp=LOGPROBS.map(lambda lp: lp or [])),
     st.builds(
         m.Delta, id=TEXT, o=COUNT, n=COUNT, x=TEXT, k=st.sampled_from(["text", "reasoning", "tool", "refusal"]), lp=LOGPROBS
@@ -73,7 +74,16 @@ CLIENT = st.one_of(
     st.builds(m.Credit, id=TEXT, max=COUNT, ack=COUNT),
     st.builds(m.Cancel, id=TEXT),
     st.builds(m.Resume, id=TEXT, epoch=st.none() | TEXT, from_=COUNT, max=st.none() | COUNT),
-    st.builds(m.Fork, from_=TEXT, id=st.none() | TEXT, ids=st.none() | st.lists(TEXT), at=st.none() | COUNT),
+    st.builds(
+        m.Fork,
+        from_=TEXT,
+        id=st.none() | TEXT,
+        ids=st.none() | st.lists(TEXT),
+        at=st.none() | COUNT,
+        max=st.none() | COUNT,
+        on_disconnect=st.sampled_from(["grace", "cancel"]),
+        priority=st.integers(-(2**31), 2**31),
+    ),
     st.builds(m.Ping, ts=NUMBER),
     st.builds(m.Bye, cancel=st.booleans()),
 )

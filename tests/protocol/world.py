@@ -62,6 +62,7 @@ class Run:
     text: str = ""  # as the session knows it, echo and all
     tokens: list[int] = field(default_factory=list)
     prompt: int = 0
+    echoed: bool = False
     made: int = 0  # tokens, the session may not know of the last ones
 
     @property
@@ -88,6 +89,8 @@ class Life:
     excuse: str | None = None  # why the session may have forgotten it
     key: str | None = None
     chars: int | None = 0  # of the family's text before its base; None = not known
+    since: float = 0.0  # when it was made, lost its connection, was resumed, or ended: the last of these
+    resumed: bool = False  # at least once
 
     def __post_init__(self) -> None:
         self.count = self.base
@@ -141,6 +144,8 @@ class Engine:
         run.begun = True
         events: list[StreamEvent] = []
         for kind, count, wordy in kinds:
+            if run.parked and kind != "preempted":
+                continue  # who may not go on, can only lose its blocks
             if kind == "prompt" and not run.made:
                 events.append(PromptRead(run.key, PromptLogprobs(1 + run.prompt, (TokenLogprobs(-1.0, ()),) * count)))
                 run.prompt += count
@@ -148,13 +153,15 @@ class Engine:
                 events.append(Status(run.key, kind, 4 if kind == "prefill" else None))  # type: ignore[arg-type]  # as checked
             elif kind in ("text", "logprobs"):
                 events += self._text(run, count, kind == "logprobs", wordy)
-        self.saying.append((run, events))
+        if events:
+            self.saying.append((run, events))
 
     def _text(self, run: Run, count: int, scored: bool, wordy: bool) -> list[StreamEvent]:
         if run.credit is not None:
             count = min(count, run.credit - run.made)
-        if not count and (run.made or run.parked):
+        if not count and (run.made or run.echoed or run.base):
             return []  # text without tokens comes first of all, as an echo, or last
+        run.echoed = run.echoed or not count
         events: list[StreamEvent] = []
         at = run.base + run.made
         text = "".join(f"{at + i}." for i in range(count)) if wordy and count else "" if count else "echo "
@@ -168,7 +175,7 @@ class Engine:
         return events
 
     def finish(self, run: Run, reason: str, tail: str) -> None:
-        events: list[StreamEvent] = [Delta(run.key, run.made, 0, tail, ())] if tail else []
+        events: list[StreamEvent] = [Delta(run.key, run.made, 0, tail, ())] if tail and run.made else []
         reason = "cancelled" if run.cancelled else reason
         error = ("internal", "broken") if reason == "error" else None
         events.append(Finished(run.key, reason, 3, run.made, 0, TIMINGS, error))  # type: ignore[arg-type]  # one of its words
@@ -206,4 +213,4 @@ def check_fork(fork: ForkOf, parent: Life, run: Run, at: int) -> None:
         assert fork.chars == parent.chars + len(run.text.removeprefix("echo "))
     else:
         found = [chars for o, n, chars in parent.kept.chunks if o + n == at]
-        assert fork.chars == parent.chars + found[-1]
+        assert not found or fork.chars == parent.chars + found[-1]

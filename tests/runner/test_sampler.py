@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamkv.runner import sampling_tables
 from streamkv.runner.philox import philox_4x32, uniform
 from streamkv.runner.sampler import CHUNK, inverse_cdf, largest_chunks, most_probable, num_chunks
 from tests.runner.sampling_oracle import (
@@ -135,12 +136,8 @@ def test_equal_logits_at_the_threshold_are_all_kept() -> None:
 # ---------------------------------------------------------------- tokens
 
 
-@settings(max_examples=60)
-@given(data=st.data())
-def test_the_token_is_the_inverse_cdf_at_the_uniform_number(data: st.DataObject) -> None:
-    vocab_size = data.draw(st.sampled_from([1, 3, 63, 64, 65, 700, 9000]))
-    rows = data.draw(st.lists(rows_of(vocab_size), min_size=1, max_size=6))
-    logits = random_logits(data.draw(st.integers(0, 2**31)), len(rows), vocab_size, data.draw(st.sampled_from([0.3, 3.0])))
+def draws_from(rows: list[Row], logits: torch.Tensor) -> None:
+    """Each token is the inverse CDF of its row's distribution at its uniform number, or the most probable one."""
     kept, probabilities = distribution(rows, logits)
     for index, (row, token) in enumerate(zip(rows, sample(rows, logits), strict=True)):
         if not kept[index].any():
@@ -153,6 +150,24 @@ def test_the_token_is_the_inverse_cdf_at_the_uniform_number(data: st.DataObject)
             cdf = probabilities[index].cumsum(-1)
             assert cdf[token] - probabilities[index, token] <= float(number) + 1e-6
             assert cdf[token] >= float(number) - 1e-6
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_token_is_the_inverse_cdf_at_the_uniform_number(data: st.DataObject) -> None:
+    vocab_size = data.draw(st.sampled_from([1, 3, 63, 64, 65, 700, 9000]))
+    rows = data.draw(st.lists(rows_of(vocab_size), min_size=1, max_size=6))
+    spread = data.draw(st.sampled_from([0.3, 3.0]))
+    draws_from(rows, random_logits(data.draw(st.integers(0, 2**31)), len(rows), vocab_size, spread))
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
+@pytest.mark.parametrize(
+    "asked", [{"min_p": 1e-5}, {"top_p": 0.999}, {"top_k": 6000}, {"typical_p": 0.9}, {"top_k": 900, "top_p": 0.99}]
+)
+def test_kept_sets_that_are_spread_over_many_chunks(temperature: float, asked: dict[str, Any]) -> None:
+    rows = [Row(sampling(seed=seed, temperature=temperature, **asked), [0], 1) for seed in range(30)]
+    draws_from(rows, random_logits(4, 30, 9000, 1.0))
 
 
 @pytest.mark.parametrize("asked", [{"top_k": 8}, {"top_p": 0.8}, {"min_p": 0.2}, {"typical_p": 0.6}, {"temperature": 1.7}])
@@ -188,6 +203,15 @@ def test_tokens_are_the_same_alone_and_in_any_batch_and_row(data: st.DataObject)
     places = np.array([index * 3 % 31 for index in order], np.int64)
     mixed = made.sample(places, positions(rows)[list(order)], logits[list(order)])
     assert mixed.tolist() == [together[index] for index in order]
+
+
+def test_tokens_are_the_same_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [{}, {"top_k": 5}, {"temperature": 0.0}, {"top_p": 0.9}, {}, {"typical_p": 0.5}, {"min_p": 0.1}]
+    rows = [Row(sampling(seed=index, **asked[index % 7]), [0], 1) for index in range(50)]
+    logits = random_logits(1, 50, 500)
+    whole = sample(rows, logits)
+    monkeypatch.setattr(sampling_tables, "_SLICE", 1200)  # two rows
+    assert sample(rows, logits) == whole
 
 
 def test_the_cdf_of_a_row_is_bitwise_the_same_in_any_batch() -> None:

@@ -99,6 +99,7 @@ class Rows(RuleBasedStateMachine):
                 return
             self.steps += 1
             logits = random_logits(self.steps, len(own), VOCAB)
+            logits[:, :4] += 6.0  # what bad words are made of
             tokens = self.sampler.sample(rows, positions(own), logits).tolist()
             for index, row in enumerate(own):
                 assert tokens[index] == sample([row], logits[index : index + 1], processors={"counting": Counting()})[0]
@@ -110,6 +111,22 @@ class Rows(RuleBasedStateMachine):
 
 TestRows = Rows.TestCase
 TestRows.settings = settings(max_examples=40, stateful_step_count=25)
+
+
+def test_bad_words_never_come_and_their_parts_do() -> None:
+    """Words that the output itself begins; a small vocabulary, so that each would come again and again."""
+    words = ((0, 1), (2, 2, 3), (3, 0, 2, 1))
+    row = Row(sampling(bad_words=words, seed=3), [3, 0, 2], 3)
+    made = tables([row, row], 4)
+    said = [*row.tokens]
+    for position in range(3, 300):
+        tokens = made.sample(np.arange(2), np.full(2, position), torch.zeros(2, 4)).tolist()
+        assert tokens[0] == tokens[1]
+        made.append(np.arange(2), tokens)
+        said.append(tokens[0])
+    pieces = {word: {tuple(said[start : start + len(word)]) for start in range(len(said))} for word in words}
+    assert not any(word in found for word, found in pieces.items())
+    assert all(any(piece[:-1] == word[:-1] for piece in found) for word, found in pieces.items())
 
 
 def test_a_row_may_be_sampled_once_more_after_its_end() -> None:

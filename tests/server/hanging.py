@@ -17,9 +17,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from streamkv.engine.api import EngineRequest, Sampling
+from streamkv.core.kv_cache import KVCache
+from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.step import Sampled, Step
+from streamkv.engine.api import EngineInfo, EngineRequest, Sampling
+from streamkv.engine.engine import InProcessEngine
+from streamkv.engine.thread import RunnerThread
 from streamkv.server.watchdog import Watchdog
-from tests.engine.integers import integer_engine
 
 COMPUTING = 4.0
 """How many times as long a step may take that computes."""
@@ -53,7 +57,7 @@ def spin() -> None:
 
 
 def wait_for_a_stopped_process() -> None:
-    helper = subprocess.Popen(["/bin/sleep", str(FOREVER)])
+    helper = subprocess.Popen(["/bin/sleep", str(FOREVER)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.kill(helper.pid, signal.SIGSTOP)
     say_hanging(helper.pid)
     helper.wait()
@@ -71,19 +75,25 @@ def deaf() -> None:
 
 
 def compute(seconds: float) -> None:
-    end = time.process_time() + seconds
-    while time.process_time() < end:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         pass
 
 
-class Steps:
-    """What the runner does at each step."""
+class Runner:
+    """Samples nothing but sevens; at some step it does what the mode says. (No numpy, no torch: many of these are started.)"""
 
     def __init__(self, mode: str, limit: float) -> None:
         self.mode, self.limit, self.count = mode, limit, 0
 
-    def __call__(self, _step: Any, _names: list[str]) -> frozenset[str]:
+    def resume(self) -> None: ...
+
+    def run(self, step: Step, _params: Any) -> Sampled:
         self.count += 1
+        self._misbehave()
+        return Sampled([(7,) if sampled else () for sampled in step.samples])
+
+    def _misbehave(self) -> None:
         in_forward: dict[str, Callable[[], None]] = {
             "forward_sleeps": sleep,
             "forward_deadlocks": deadlock,
@@ -100,21 +110,37 @@ class Steps:
         if self.mode == "stopped" and self.count == 3:
             say_hanging()
             time.sleep(0.5 * self.limit)
-        return frozenset()
+
+
+INFO = EngineInfo(
+    model="sevens",
+    max_model_len=128,
+    vocab_size=8,
+    eos_token_ids=(),
+    block_size=4,
+    num_blocks=64,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    backend="none",
+    dtype="none",
+    epoch="test",
+)
 
 
 async def main(mode: str, limit: float) -> None:
     watchdog = Watchdog(limit, computing=COMPUTING)
+    scheduler = Scheduler(SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=32, max_model_len=128), KVCache(64, 4))
+    engine = InProcessEngine(scheduler, Runner(mode, limit), RunnerThread(), INFO)
+    engine.start()
     try:
-        async with integer_engine() as (engine, runner):
-            runner.fault = Steps(mode, limit)
-            watchdog.start(lambda: engine.computing_since)
-            print("ready", flush=True)
-            if mode == "idle":
-                await asyncio.sleep(3 * limit)
-            credit = 2 if mode == "parked" else None
-            await engine.submit(EngineRequest(("a",), [1, 2, 3], Sampling(max_tokens=6), credit=credit))
-            await read(engine, mode, limit)
+        watchdog.start(engine.progress)
+        print("ready", flush=True)
+        if mode == "idle":
+            await asyncio.sleep(3 * limit)
+        credit = 2 if mode == "parked" else None
+        await engine.submit(EngineRequest(("a",), [1, 2, 3], Sampling(max_tokens=6), credit=credit))
+        await read(engine, mode, limit)
+        await engine.close()
     finally:
         watchdog.stop()
 

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from streamkv.errors import RateLimitedError
 from streamkv.observe.metrics import PREFIXES
+from streamkv.sampling_params import SamplingParams
+from streamkv.server.limits import Quota
+from streamkv.server.principal import Principal
 from streamkv.server.routes import Access
 from tests.server.serving import Serving, eventually, serving
 
@@ -149,3 +153,13 @@ async def test_every_failure_is_an_answer_of_500():
         async with served.http.get(f"{served.base}/metrics") as answer:
             assert answer.status == 500
         assert served.server.recorder.metrics.http.values["/metrics", "GET", "5xx"] == 1
+
+
+async def test_who_is_turned_away_is_counted_by_gate():
+    async with serving() as served:
+        prepared = await served.streams.prepare("abc", SamplingParams(max_tokens=3), is_chat=False)
+        with pytest.raises(RateLimitedError):
+            served.server.admission.admit(Principal("acme", quota=Quota(streams=1)), prepared, ["a", "b"])
+        families = await scraped(served)
+    assert value(families, "streamkv:admission_rejects_total", gate="streams") == 1
+    assert value(families, "streamkv:admission_rejects_total", gate="blocks") == 0

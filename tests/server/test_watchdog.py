@@ -91,6 +91,16 @@ def test_where_steps_are_slow_a_slower_one_is_no_hang():
     assert 20 * 7.9 <= after <= 20 * 8.1
 
 
+@pytest.mark.parametrize("others", [0, 3, 20, 300])
+def test_the_first_step_may_be_slow_without_setting_a_rule(others: int):
+    watched = Watched()
+    watched.steps(1, seconds=9.0)
+    watched.steps(others, seconds=0.1)
+    after, said = watched.run(1000, step=-1.0)
+    assert said is not None
+    assert after <= 10.5
+
+
 def test_one_slow_step_among_many_does_not_change_the_limit():
     watched = Watched()
     watched.steps(1, seconds=9.0)
@@ -139,7 +149,10 @@ def children() -> Iterator[dict[str, Child]]:
         for child in found.values():
             if child.process.poll() is None:
                 child.process.kill()
-            child.process.communicate()
+            child.process.wait()
+            for pipe in (child.process.stdout, child.process.stderr):
+                if pipe is not None:
+                    pipe.close()
             if child.helper:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child.helper, signal.SIGKILL)

@@ -62,7 +62,7 @@ class OpenAIDoor:
         self._timing = timing or Timing.of(config)
         self.work = Workload(streams, admission, moved)
         self._generating = Generating(self.work, self._timing, config.limits.outbound)
-        self._tokenizing = Tokenizing(streams)
+        self._tokenizing = Tokenizing(self.work)
         self._created = int(time.time())
         self._active = 0
         self._draining = False

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 
 from streamkv.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from streamkv.protocol.body_structs import ChatMessage
-from streamkv.text.streams import TextStreams
+from streamkv.server.openai.generation import Workload
 
 __all__ = ["DetokenizeRequest", "DetokenizeResponse", "TokenizeRequest", "TokenizeResponse", "Tokenizing"]
+
+
+T = TypeVar("T")
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -55,9 +59,10 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
 class Tokenizing:
     """Off the event loop, one request at a time: generations must not wait for these."""
 
-    def __init__(self, streams: TextStreams) -> None:
-        self._tokenizer = streams.tokenizer
-        self._info = streams.info
+    def __init__(self, work: Workload) -> None:
+        self._work = work
+        self._tokenizer = work.streams.tokenizer
+        self._info = work.streams.info
         self._turn = asyncio.Semaphore(1)
 
     async def tokenize(self, given: TokenizeRequest) -> TokenizeResponse:
@@ -67,8 +72,7 @@ class Tokenizing:
             InvalidRequestError: a field cannot be served, or the text cannot fit the context.
         """
         self._check(given)
-        async with self._turn:
-            return await asyncio.to_thread(self._tokenize, given)
+        return await self._off_loop(partial(self._tokenize, given))
 
     def _check(self, given: TokenizeRequest) -> None:
         self._check_model(given.model)
@@ -106,9 +110,19 @@ class Tokenizing:
         """
         self._check_model(given.model)
         self._check_ids(given.tokens)
-        async with self._turn:
-            text = await asyncio.to_thread(self._tokenizer.decode, given.tokens, skip_special_tokens=False)
-        return DetokenizeResponse(text)
+        return DetokenizeResponse(await self._off_loop(partial(self._tokenizer.decode, given.tokens, skip_special_tokens=False)))
+
+    async def _off_loop(self, function: Callable[[], T]) -> T:
+        await self._turn.acquire()
+        task = self._work.spawn(asyncio.to_thread(function))
+        # A client that goes away does not stop the thread: the turn is over when that is, or many could be made to run at once.
+        task.add_done_callback(self._over)
+        return await asyncio.shield(task)
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._turn.release()
+        if not task.cancelled():
+            task.exception()  # there may be nobody left to hear of it
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self._info.model:

@@ -114,6 +114,20 @@ async def test_while_its_inputs_become_vectors():
         assert len(served.engine.requests) == 9, "inputs of a client that is gone were submitted"
 
 
+async def test_a_thread_that_tokenises_for_nobody_keeps_its_turn():
+    async with door(context=100_000) as served:
+        async with slow_tokenizer(served.tokenizer) as begun:
+            async with bare(served, "/tokenize", {"prompt": "abc"}):
+                await eventually(begun.is_set)
+            await eventually(lambda: not door_of(served)._active)
+            assert not door_of(served).closed
+            begun.clear()
+            async with bare(served, "/tokenize", {"prompt": "abc"}):
+                await eventually(lambda: door_of(served)._active == 1)
+                assert not begun.is_set(), "two threads at once"
+        await gone(served)
+
+
 async def test_a_storm_of_clients_that_leave_at_any_moment():
     async with door(context=100_000) as served:
 

@@ -68,6 +68,31 @@ async def test_headers_and_a_name_for_the_request():
             assert len(headers["X-Request-Id"]) == 24, "what cannot be logged is replaced"
 
 
+@pytest.mark.parametrize(("version", "copies"), [("1.0", 1), ("1.1", 1), ("1.1", 3)])
+async def test_old_and_impatient_clients(version: str, copies: int):
+    """HTTP/1.0 has no chunks: the end is the end of the connection. Requests sent ahead are answered in turn."""
+    body = json.dumps({"prompt": "abc", "max_tokens": 3, "stream": True})
+    lines = (
+        f"POST {COMPLETIONS} HTTP/{version}",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+    async with door() as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
+        writer.write(("\r\n".join((*lines, "", "")) + body).encode() * copies)
+        for _ in range(copies):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(f"HTTP/{version} 200 OK".encode())
+            data = await reader.readuntil(b"[DONE]\n\n")
+            assert (b"chunked" in head) == (version == "1.1")
+            assert b"".join(part.split(b'"')[0] for part in data.split(b'"text":"')[1:]) == b"abc"
+            assert await (reader.read() if version == "1.0" else reader.readexactly(7)) == (
+                b"" if version == "1.0" else b"\r\n0\r\n\r\n"
+            )
+        await torn(writer)
+
+
 async def test_nothing_goes_out_before_the_engine_has_taken_the_request():
     async with door() as served:
         served.engine.hold = 0
@@ -138,8 +163,10 @@ async def test_a_lost_engine_ends_streams_and_refuses_requests():
 
 
 @asynccontextmanager
-async def deaf(served: Serving, body: dict[str, Any]) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A client that has asked, with small buffers on both sides, and does not read."""
+async def deaf(
+    served: Serving, body: dict[str, Any]
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter, asyncio.Transport]]:
+    """A client that has asked, with small buffers on both sides, and does not read; and the server's transport."""
     own = socket.socket()
     own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     own.connect(("127.0.0.1", served.server.port))
@@ -160,10 +187,11 @@ async def deaf(served: Serving, body: dict[str, Any]) -> AsyncIterator[tuple[asy
     door_of(served)._generating.answer = watched  # type: ignore[method-assign]  # to see the server's side
     writer.write(head.encode() + data)
     await eventually(lambda: len(served.engine.live) == 1)
-    seen[0].transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    transport = seen[0].transport
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     writer.transport.pause_reading()  # type: ignore[attr-defined]  # a socket's transport can
     try:
-        yield reader, writer
+        yield reader, writer, transport
     finally:
         await torn(writer)
 
@@ -199,7 +227,7 @@ async def test_who_is_behind_by_too_much_text_is_aborted_at_once_and_text_is_mer
 
 async def test_a_slow_reader_gets_everything_merged():
     async with door(context=100_000, send_timeout_s=600.0) as served:
-        async with deaf(served, {"prompt": "abc", "max_tokens": 3000, "stream": True}) as (reader, writer):
+        async with deaf(served, {"prompt": "abc", "max_tokens": 3000, "stream": True}) as (reader, writer, _):
             await served.engine.release()
             await eventually(lambda: not served.engine.live)
             writer.transport.resume_reading()  # type: ignore[attr-defined]  # a socket's transport can
@@ -228,6 +256,20 @@ async def test_a_whole_answer_that_nobody_reads_is_aborted_too():
     async with door(context=100_000, send_timeout_s=0.1) as served, deaf(served, body):
         await served.engine.release()
         await eventually(lambda: door_of(served).closed)
+
+
+async def test_an_answer_that_fits_our_own_buffer_is_aborted_as_well_when_nobody_reads_it():
+    body = {"prompt": "abc", "max_tokens": 30_000}  # less than the 64 KiB that a transport takes without a word
+    async with door(context=100_000, send_timeout_s=0.1) as served, deaf(served, body) as (_, _, transport):
+        await served.engine.release()
+        await eventually(lambda: door_of(served).closed)
+        assert transport.is_closing(), "the rest of the answer is nobody's any more"
+
+
+async def test_who_reads_may_read_more_than_may_wait():
+    async with door(context=100_000, limits=SessionLimits(outbound=2048)) as served:
+        chunks = await stream(served, COMPLETIONS, {"prompt": "abc", "max_tokens": 6000})
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abc" * 2000
 
 
 async def test_a_whole_answer_has_a_bound(monkeypatch: pytest.MonkeyPatch):

@@ -130,6 +130,26 @@ async def test_a_real_model_says_the_same_streamed_whole_and_in_process(real: tu
             assert made.embedding == pytest.approx((await engine.embed(text)).embedding, abs=1e-5)
 
 
+async def test_a_salt_keeps_blocks_apart(real: tuple[str, Engine]):
+    url, _ = real
+    text = "the quick brown fox jumps over the lazy dog"
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
+        async def cached(**extra: Any) -> int:
+            made = await client.completions.create(model=model, prompt=text, max_tokens=1, extra_body=extra)
+            assert made.usage is not None
+            assert made.usage.prompt_tokens_details is not None
+            return made.usage.prompt_tokens_details.cached_tokens or 0
+
+        model = (await client.models.list()).data[0].id
+        assert await cached() == 0
+        shared = await cached()
+        assert shared > 0
+        assert await cached(cache_salt="mine") == 0
+        assert await cached(cache_salt="mine") == shared
+        assert await cached(cache_salt="yours") == 0
+
+
 async def test_a_real_engine_is_empty_after_its_clients_have_left(real: tuple[str, Engine]):
     url, engine = real
     body = {"messages": HELLO, "max_tokens": 200, "n": 3, "ignore_eos": True}

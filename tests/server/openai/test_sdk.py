@@ -41,6 +41,17 @@ async def test_a_chat_whole_and_streamed():
         assert deltas[-1].content is None, "the end is a chunk of its own"
 
 
+async def test_a_stop_string_ends_an_answer_and_is_not_in_it():
+    async with door() as served, sdk(served) as client:
+        for stop, text in (("lo", "hel"), (["x", "l"], "he"), (None, "hello")):
+            whole = await client.completions.create(model="fake", prompt="hello", max_tokens=5, stop=stop)
+            assert (whole.choices[0].text, whole.choices[0].finish_reason) == (text, "stop" if stop else "length")
+            chunks = await client.completions.create(model="fake", prompt="hello", max_tokens=5, stop=stop, stream=True)
+            assert [chunk.choices[0].finish_reason async for chunk in chunks][-1] == ("stop" if stop else "length")
+        ended = await client.completions.create(model="fake", prompt="hello", extra_body={"stop_token_ids": [ord("l")]})
+        assert (ended.choices[0].text, ended.choices[0].finish_reason) == ("he", "stop")
+
+
 async def test_samples_are_choices():
     async with door(lambda request, branch, position: ord("a") + branch) as served, sdk(served) as client:
         whole = await client.chat.completions.create(model="fake", messages=HELLO, max_tokens=3, n=3)
