@@ -115,8 +115,9 @@ async def _measure(load: Load, interval_s: float) -> tuple[float, float, int]:
     engine = FakeEngine(info=fake_info(vocab_size=VOCAB, max_model_len=100_000), interval_s=interval_s, max_live=100_000)
     engine.start()
     limits = SessionLimits(flush_tokens=1)
+    # All streams come at once to a server that has measured nothing yet: admission is not what is measured here.
     async with TextStreams(engine, TextTokenizer(make_tokenizer(VOCAB))) as streams:
-        server = Server(streams, ServerConfig(port=0, limits=limits, drain_timeout_s=0.0))
+        server = Server(streams, ServerConfig(port=0, limits=limits, drain_timeout_s=0.0, slo_ttft_s=1e6))
         async with server.listening():
             measured = await (_alone(streams, load) if load.kind == "hub" else _served(server.port, load))
     await engine.close()

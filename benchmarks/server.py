@@ -1,6 +1,6 @@
-"""The server without a model: latency from the engine's queue to the client, CPU, memory of an idle connection.
+"""The server without a model: latency from the engine's queue to the client, CPU, lag of the event loop.
 
-python -m benchmarks.server [--streams 500] [--rate 20] [--seconds 10] [--connections 10] [--quick]
+python -m benchmarks.server [--streams 500] [--rate 20] [--seconds 10] [--connections 10] [--rounds 1] [--quick]
 
 A real server over a fake engine in one process, a client in another, real sockets between them. The engine steps all streams
 together, so every step is a burst of one token per stream. A token's time starts when its step is put into the engine's
@@ -13,10 +13,11 @@ import argparse
 import asyncio
 import multiprocessing
 import resource
+import statistics
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from benchmarks.workloads import make_tokenizer
 from streamkv.engine.api import StepBatch
 from streamkv.engine.fake import FakeEngine, fake_info
 from streamkv.logs import configure_logs
+from streamkv.observe.lag import LoopLag
 from streamkv.protocol import messages as m
 from streamkv.protocol.session import SessionLimits
 from streamkv.server.app import Server
@@ -40,6 +42,7 @@ from streamkv.text.tokenizer import TextTokenizer
 VOCAB: Final = 1024
 WARM_UP_S: Final = 2.0
 MIB: Final = 1 << 20
+CREDIT: Final = 10
 LOOPS: Final = {"uvloop": uvloop.new_event_loop, "asyncio": asyncio.new_event_loop}
 SPAWN: Final = multiprocessing.get_context("spawn")
 
@@ -55,6 +58,8 @@ class Setting:
     codec: str
     loop: str
     flush_s: float
+    stalled: int = 0
+    """Streams of each connection that accept `CREDIT` tokens and no more."""
 
     @property
     def max_tokens(self) -> int:
@@ -68,27 +73,31 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="tokens per second of each stream (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help=f"measured, after {WARM_UP_S:g} s of warm-up (%(default)s)")
     parser.add_argument("--connections", type=int, default=10, help="that share the streams (%(default)s)")
-    parser.add_argument("--idle", type=int, default=1000, help="idle connections whose memory is measured (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="of each row; shown is the median (%(default)s)")
     parser.add_argument("--codec", choices=["json", "msgpack"], default="json")
     parser.add_argument("--loop", choices=LOOPS, default="uvloop", help="of the server (%(default)s)")
     parser.add_argument("--flush-ms", type=float, nargs="+", default=[SessionLimits().flush_s * 1000, 0.0])
-    parser.add_argument("--quick", action="store_true", help="20 streams, 1 second, 50 idle connections: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="20 streams, 1 second: shows that it runs")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.streams, arguments.seconds, arguments.connections, arguments.idle = 20, 1.0, 2, 50
+        arguments.streams, arguments.seconds, arguments.connections = 20, 1.0, 2
     print_setting("streamkv", "aiohttp", "uvloop", "msgspec")
     print(f"server on {arguments.loop}, client on uvloop, {arguments.codec} frames\n", flush=True)
-    rows = [_latency(_setting(arguments, flush_ms / 1000)) for flush_ms in arguments.flush_ms]
+    found = [
+        [latency(setting_of(arguments, flush_ms / 1000)) for flush_ms in arguments.flush_ms] for _ in range(arguments.rounds)
+    ]
+    rows = [
+        [f"{flush_ms:g} ms", *median(rounds)]
+        for flush_ms, rounds in zip(arguments.flush_ms, zip(*found, strict=True), strict=True)
+    ]
     title = (
         f"{arguments.streams} streams x {arguments.rate:g} tok/s on {arguments.connections} connections, {arguments.seconds:g} s"
     )
     header = ["a token waits for others at most", "p50 ms", "p90 ms", "p99 ms", "max ms", "tok/s", "tokens a frame"]
-    print_table(title, [*header, "server CPU", "client CPU"], rows)
-    header = ["idle connections", "RSS before MiB", "RSS after MiB", "KiB each"]
-    print_table("Memory of an idle connection, after hello", header, [_idle(arguments.idle, _setting(arguments, 0.0))])
+    print_table(title, [*header, "loop lag p99 ms", "server CPU %", "client CPU %"], rows)
 
 
-def _setting(arguments: argparse.Namespace, flush_s: float) -> Setting:
+def setting_of(arguments: argparse.Namespace, flush_s: float) -> Setting:
     names = ("streams", "rate", "seconds", "connections", "codec", "loop")
     return Setting(**{name: getattr(arguments, name) for name in names}, flush_s=flush_s)
 
@@ -96,8 +105,33 @@ def _setting(arguments: argparse.Namespace, flush_s: float) -> Setting:
 # -- parent -----------------------------------------------------------------------------------------------------------
 
 
-def _latency(setting: Setting) -> tuple[str, ...]:
-    with child(_server, setting) as (server, to_server):
+@dataclass(frozen=True)
+class Figures:
+    """What one run gave: milliseconds, rates, percent of one core."""
+
+    p50: float
+    p90: float
+    p99: float
+    max: float
+    rate: float
+    tokens_a_frame: float
+    lag: float
+    server_cpu: float
+    client_cpu: float
+    stalled: list[int]
+    """Tokens that each stalled stream has had."""
+
+
+def median(rounds: Sequence[Figures]) -> list[str]:
+    """Cells, each the median of its own."""
+    digits = {"rate": 0, "tokens_a_frame": 2, "server_cpu": 0, "client_cpu": 0}
+    names = [item.name for item in fields(Figures) if item.name != "stalled"]
+    return [f"{statistics.median(getattr(found, name) for found in rounds):.{digits.get(name, 1)}f}" for name in names]
+
+
+def latency(setting: Setting) -> Figures:
+    """One run."""
+    with child(serve, setting) as (server, to_server):
         port: int = to_server.recv()
         with child(_client, setting, port) as (client, to_client):
             assert to_client.recv() == "running"
@@ -105,18 +139,21 @@ def _latency(setting: Setting) -> tuple[str, ...]:
             shares = _cpu_shares((server, client), setting.seconds)
             received: dict[str, list[tuple[float, int, int]]] = to_client.recv()
         to_server.send("stop")
-        queued: dict[str, list[float]] = to_server.recv()
+        queued: dict[str, list[float]]
+        lag: float
+        queued, lag = to_server.recv()
     start = min(times[0] for times in queued.values()) + WARM_UP_S
-    latencies, frames = [], 0
+    latencies, frames, stalled = [], 0, []
     for stream, deltas in received.items():
+        if len(queued[stream]) < setting.max_tokens:
+            stalled.append(sum(count for _, _, count in deltas))
+            continue
         for at, offset, count in deltas:
             if start <= queued[stream][offset] < start + setting.seconds:
                 latencies += [(at - queued_at) * 1000 for queued_at in queued[stream][offset : offset + count]]
                 frames += 1
-    points = [f"{percentile(latencies, share):.1f}" for share in (0.5, 0.9, 0.99, 1.0)]
-    rate = f"{len(latencies) / setting.seconds:.0f}"
-    waits = f"{setting.flush_s * 1000:g} ms"
-    return waits, *points, rate, f"{len(latencies) / frames:.2f}", *(f"{share:.0f} %" for share in shares)
+    points = [percentile(latencies, share) for share in (0.5, 0.9, 0.99, 1.0)]
+    return Figures(*points, len(latencies) / setting.seconds, len(latencies) / frames, lag * 1000, *shares, stalled)
 
 
 def _cpu_shares(processes: tuple[psutil.Process, ...], seconds: float) -> list[float]:
@@ -126,24 +163,6 @@ def _cpu_shares(processes: tuple[psutil.Process, ...], seconds: float) -> list[f
     time.sleep(seconds)
     elapsed = time.monotonic() - started
     return [100 * (sum(process.cpu_times()[:2]) - used) / elapsed for process, used in zip(processes, before, strict=True)]
-
-
-def _idle(count: int, setting: Setting) -> tuple[str, ...]:
-    with child(_server, setting) as (server, to_server):
-        port: int = to_server.recv()
-        sizes = []
-        # The first client makes the server import and allocate what it needs only once.
-        for connections in (min(count, 20), count):
-            with child(_idle_client, setting, port, connections) as (_, to_client):
-                before = server.memory_info().rss
-                to_client.send("connect")
-                assert to_client.recv() == "connected"
-                sizes = [before, server.memory_info().rss]
-                to_client.send("leave")
-        to_server.send("stop")
-        to_server.recv()
-    grown = (sizes[1] - sizes[0]) / count / 1024
-    return f"{count:,}", f"{sizes[0] / MIB:.1f}", f"{sizes[1] / MIB:.1f}", f"{grown:.1f}"
 
 
 @contextmanager
@@ -182,8 +201,8 @@ class RecordingEngine(FakeEngine):
             yield batch
 
 
-def _server(parent: Connection, setting: Setting) -> None:
-    _more_files()
+def serve(parent: Connection, setting: Setting) -> None:
+    more_files()
     configure_logs(level="warning")
     with asyncio.Runner(loop_factory=LOOPS[setting.loop]) as runner:
         runner.run(_serve(parent, setting))
@@ -199,10 +218,15 @@ async def _serve(parent: Connection, setting: Setting) -> None:
     async with TextStreams(engine, tokenizer) as streams:
         server = Server(streams, config)
         async with server.listening():
+            lag = LoopLag()
+            lag.start()
+            mark = lag.mark()
             parent.send(server.port)
             await asyncio.to_thread(parent.recv)
+            late = lag.since(mark)
+            lag.stop()
     await engine.close()
-    parent.send(engine.queued)
+    parent.send((engine.queued, late))
 
 
 # -- client processes -------------------------------------------------------------------------------------------------
@@ -219,14 +243,17 @@ async def _read_all(parent: Connection, setting: Setting, port: int) -> None:
     shares = [len(range(index, setting.streams, setting.connections)) for index in range(setting.connections)]
     async with AsyncExitStack() as stack:
         http = await stack.enter_async_context(aiohttp.ClientSession())
-        sockets = [await _open(http, port, codec) for _ in shares]
+        sockets = [await open_socket(http, port, codec) for _ in shares]
         for socket, count in zip(sockets, shares, strict=True):
             for index in range(count):
                 body = {"prompt": [300 + index % 700, 301], "max_tokens": setting.max_tokens, "ignore_eos": True}
-                create = m.Create("completions", msgspec.Raw(codec.encode(body)), id=f"s{index}")
+                limit = CREDIT if index < setting.stalled else None
+                create = m.Create("completions", msgspec.Raw(codec.encode(body)), id=f"s{index}", max=limit)
                 await socket.send_frame(codec.encode(create), _kind(codec))
         parent.send("running")
-        reads = await asyncio.gather(*(_read(socket, codec, count) for socket, count in zip(sockets, shares, strict=True)))
+        reads = await asyncio.gather(
+            *(_read(socket, codec, count - setting.stalled) for socket, count in zip(sockets, shares, strict=True))
+        )
         for socket in sockets:
             await socket.close()
     received: dict[str, list[tuple[float, int, int]]] = {}
@@ -235,7 +262,7 @@ async def _read_all(parent: Connection, setting: Setting, port: int) -> None:
     parent.send(received)
 
 
-async def _open(http: aiohttp.ClientSession, port: int, codec: m.Codec) -> aiohttp.ClientWebSocketResponse:
+async def open_socket(http: aiohttp.ClientSession, port: int, codec: m.Codec) -> aiohttp.ClientWebSocketResponse:
     url = f"ws://127.0.0.1:{port}/v1/stream"
     socket = await http.ws_connect(url, protocols=(codec.subprotocol,), max_msg_size=1 << 24, compress=0)
     await socket.send_frame(codec.encode(m.Hello()), _kind(codec))
@@ -278,23 +305,7 @@ def _sorted_out(frames: list[tuple[float, bytes]], codec: m.Codec) -> dict[str, 
     return {names[stream_id]: own for stream_id, own in deltas.items()}
 
 
-def _idle_client(parent: Connection, setting: Setting, port: int, count: int) -> None:
-    _more_files()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_stay(parent, setting, port, count))
-
-
-async def _stay(parent: Connection, setting: Setting, port: int, count: int) -> None:
-    codec = m.CODECS[f"streamkv.v1.{setting.codec}"]
-    parent.recv()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        sockets = [await _open(http, port, codec) for _ in range(count)]
-        parent.send("connected")
-        await asyncio.to_thread(parent.recv)
-        await asyncio.gather(*(socket.close() for socket in sockets))
-
-
-def _more_files() -> None:
+def more_files() -> None:
     """As many sockets as the system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

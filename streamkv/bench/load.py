@@ -50,6 +50,8 @@ class Plan:
 
 async def drive(plan: Plan, sender: Sender) -> tuple[Summary, list[Outcome]]:
     """Send everything and wait for the last end."""
+    if plan.concurrency is not None:
+        await sender.prepare(min(plan.concurrency, len(plan.requests)))
     began = time.perf_counter()
     if plan.concurrency is None:
         outcomes = await _open_loop(plan, sender, began)

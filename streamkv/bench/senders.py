@@ -64,6 +64,9 @@ class Sender(Protocol):
 
     model: str
 
+    async def prepare(self, streams: int) -> None:
+        """Open what it takes for so many at once, so that it is not measured."""
+
     async def send(self, job: Job, outcome: Outcome) -> None:
         """Follow one request to its end; never raises for what the server does."""
 
@@ -78,7 +81,7 @@ async def open_sender(target: Target) -> AsyncIterator[Sender]:
     async with AsyncExitStack() as stack:
         if target.door == "native":
             native = _Native(target, stack)
-            await native.enlarge()
+            await native.prepare(1)
             yield native
             return
         headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
@@ -98,11 +101,15 @@ class _Native:
         self._target = target
         self._stack = stack
         self._live: dict[Client, int] = {}
-        self._capacity = 1
+        self._capacity = 0
         self._growing = asyncio.Lock()
 
-    async def enlarge(self) -> None:
-        client = await self._stack.enter_async_context(connect(self._url, api_key=self._target.api_key))
+    async def prepare(self, streams: int) -> None:
+        while len(self._live) * self._capacity < streams:
+            await self._enlarge()
+
+    async def _enlarge(self) -> None:
+        client = await self._stack.enter_async_context(connect(self._url, api_key=self._target.api_key, reconnect_s=0.0))
         self.model = client.welcome.models[0]
         self._capacity = min(self._target.per_socket or client.welcome.limits.streams, client.welcome.limits.streams)
         self._live[client] = 0
@@ -127,7 +134,7 @@ class _Native:
         """A connection with room, which is taken."""
         async with self._growing:
             if min(self._live.values()) >= self._capacity:
-                await self.enlarge()
+                await self._enlarge()
             client = min(self._live, key=self._live.__getitem__)
             self._live[client] += 1
             return client
@@ -183,6 +190,9 @@ class _Sse:
         self.model = model
         self._http = http
         self._url = f"{base}/v1/completions"
+
+    async def prepare(self, streams: int) -> None:
+        pass  # each request brings its own connection
 
     async def send(self, job: Job, outcome: Outcome) -> None:
         body = {

@@ -39,6 +39,7 @@ __all__ = [
     "Timings",
     "Usage",
     "Welcome",
+    "Why",
 ]
 
 MAX_CREDIT: Final = 2**53 - 1
@@ -214,6 +215,18 @@ class Timings(msgspec.Struct, frozen=True):
     decode: float
 
 
+class Why(msgspec.Struct, omit_defaults=True, frozen=True):
+    """Why it was slow, why the prefix cache had no more of the prompt: docs/observability.md. Seconds; absent = none."""
+
+    chunks: int = 0
+    preemptions: int = 0
+    preempted: float | None = None
+    stalled: float | None = None
+    lag: float | None = None
+    miss: Literal["differs", "not_cached", "evicted", "off"] | None = None
+    miss_at: int = 0
+
+
 class Score(msgspec.Struct, frozen=True):
     """Sum of the natural log-probabilities of so many tokens; `perplexity` is exp(-logprob / tokens), null if infinite."""
 
@@ -232,6 +245,7 @@ class Done(_Message, tag="done", frozen=True):
     timings: Timings
     embedding: list[float] | None = None
     score: Score | None = None
+    why: Why | None = None
 
 
 class Error(_Message, tag="error", frozen=True):

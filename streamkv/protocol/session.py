@@ -150,6 +150,7 @@ class Session:
         self._waiting: deque[OpenStreams] = deque()
         self._next_key = 0
         self._bad_frames = 0
+        self.num_replayed = 0  # tokens sent once more after resumes
         self._welcome(resumed=False)
         self._now = now
 
@@ -451,6 +452,7 @@ class Session:
         # Without an id if it is alive here: with one it would read as its end.
         named = None if here else message.id
         wrong_epoch = message.epoch is not None and message.epoch != self._epoch
+        sent = stream.offset if stream is not None else 0
         if stream is None or wrong_epoch or not stream.resume(message.from_):
             self._outbox.say(m.Error("resume_gone", "this part of the stream is no longer kept; create it again", named, "id"))
             if stream is None or here or wrong_epoch:
@@ -460,6 +462,7 @@ class Session:
             self._streams[message.id] = stream
         if not here and stream.end is None:
             stream.since = self._now
+        self.num_replayed += max(0, sent - message.from_)
         self._outbox.say(m.Resumed(message.id, message.from_, stream.state.value))
         self._outbox.attach(stream, self._now)
         return [] if message.max is None else self._raise_credit(stream, min(max(0, message.max), m.MAX_CREDIT))
@@ -684,6 +687,11 @@ class Session:
         return self._kept + sum(stream.bytes for stream in self._streams.values())
 
     @property
+    def outbound_bytes(self) -> int:
+        """Text that waits for the reader."""
+        return self._outbox.bytes
+
+    @property
     def too_slow(self) -> bool:
         """True if more text waits than the reader may be behind."""
         return self._outbox.bytes > self._limits.outbound
@@ -767,4 +775,10 @@ def _ending(event: text.Finished, stream: OutStream) -> m.Done | m.Error:
         m.Timings(*(round(part, 6) for part in (timings.queue, timings.prefill, timings.ttft, timings.decode))),
         embedding=None if event.embedding is None else event.vector(),
         score=None if score is None else m.Score(score.logprob, score.tokens, perplexity if math.isfinite(perplexity) else None),
+        why=_why(event.why),
     )
+
+
+def _why(why: text.Why) -> m.Why:
+    preempted, stalled, lag = (round(part, 6) or None for part in (why.preempted, why.stalled, why.lag))
+    return m.Why(why.chunks, why.preemptions, preempted, stalled, lag, why.miss, why.miss_at)

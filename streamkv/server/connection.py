@@ -11,6 +11,8 @@ from typing import Final
 import structlog
 from aiohttp import WSMsgType, web
 
+from streamkv.observe.recorder import NullRecorder
+from streamkv.protocol import messages as m
 from streamkv.protocol.handshake import Close, read_hello
 from streamkv.protocol.messages import Codec
 from streamkv.server.config import ServerConfig
@@ -38,6 +40,7 @@ class Connection:
         principal: Principal,
         config: ServerConfig,
         on_idle: Callable[[], None],
+        recorder: NullRecorder,
     ) -> None:
         """Take over a prepared socket; ``on_idle`` is called whenever nothing is left to send and no stream is alive."""
         self.name = name
@@ -50,6 +53,8 @@ class Connection:
         self._principal = principal
         self._config = config
         self._on_idle = on_idle
+        self._recorder = recorder
+        self._replayed = 0
         self._wake = asyncio.Event()
         self._room = asyncio.Event()  # the writer has sent something, or has ended
         self._closing: Close | None = None
@@ -116,6 +121,8 @@ class Connection:
 
     def abort(self, reason: str) -> None:
         """Drop the connection at once: a polite close would wait for a flush that never comes."""
+        if reason == "slow_consumer":
+            self._recorder.slow_consumer()
         transport = self._request.transport
         if transport is not None and not self.aborted:
             self.aborted = True
@@ -175,8 +182,16 @@ class Connection:
         message = self.live.next_message(busy=self._busy)
         if message is None:
             return False
+        began = time.monotonic()
         async with asyncio.timeout(self._config.send_timeout_s):
             await self._socket.send_frame(self._codec.encode(message), WSMsgType.TEXT if self._codec.text else WSMsgType.BINARY)
+        if isinstance(message, m.Delta):
+            self._recorder.frame(message.n, time.monotonic() - began)
+        elif isinstance(message, m.Resumed):
+            before, self._replayed = self._replayed, self.live.session.num_replayed
+            self._recorder.resumed(self._replayed - before)
+        elif isinstance(message, m.Error) and message.code == "resume_gone":
+            self._recorder.resume_gone()
         return True
 
     def _next_due(self) -> float | None:

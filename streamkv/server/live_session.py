@@ -18,7 +18,7 @@ from streamkv.protocol import messages as m
 from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
 from streamkv.protocol.session import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams, Session
 from streamkv.server.principal import Principal
-from streamkv.text.events import Finished, StreamEvent
+from streamkv.text.events import Delta, Finished, StreamEvent
 from streamkv.text.streams import PreparedPrompt, TextStreams
 
 __all__ = ["LiveSession", "Peer"]
@@ -95,6 +95,7 @@ class LiveSession:
         *,
         on_idle: Callable[[], None],
         on_closed: Callable[[LiveSession], None],
+        on_orphans: Callable[[int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take over a session.
@@ -103,6 +104,7 @@ class LiveSession:
             name: of its requests in the log.
             on_idle: called whenever a stream has ended.
             on_closed: called once, when nobody can come back to it any more.
+            on_orphans: told of tokens that come while no client is connected.
         """
         self.name = name
         self.session = session
@@ -111,6 +113,7 @@ class LiveSession:
         self._streams = streams
         self._on_idle = on_idle
         self._on_closed = on_closed
+        self._on_orphans = on_orphans
         self._clock = clock
         self._names = _Names()
         self._numbers = itertools.count()
@@ -329,6 +332,8 @@ class LiveSession:
             renamed.append(msgspec.structs.replace(event, id=key))
         if not renamed:
             return
+        if self.peer is None:
+            self._on_orphans(sum(event.count for event in renamed if isinstance(event, Delta)))
         self.perform(self.session.events(renamed, self._clock()))
         if self.session.too_slow and self.peer is not None:
             self.peer.abort("slow_consumer")

@@ -10,6 +10,7 @@ from typing import Final
 import structlog
 
 from streamkv import __version__
+from streamkv.observe.recorder import NullRecorder
 from streamkv.protocol import messages as m
 from streamkv.protocol.session import Session
 from streamkv.server.config import ServerConfig
@@ -29,11 +30,12 @@ log = structlog.get_logger(__name__)
 class SessionStore:
     """Makes sessions and gives them back to whoever knows their name."""
 
-    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None]) -> None:
+    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None], recorder: NullRecorder) -> None:
         """``moved`` is called whenever a stream or a session has ended."""
         self._streams = streams
         self._config = config
         self._moved = moved
+        self._recorder = recorder
         self._sessions: dict[str, LiveSession] = {}
         self._balance_at = 0.0
 
@@ -73,7 +75,15 @@ class SessionStore:
             max_model_len=info.max_model_len,
             now=now,
         )
-        live = LiveSession(peer.name, session, self._streams, principal, on_idle=self._ended_something, on_closed=self._closed)
+        live = LiveSession(
+            peer.name,
+            session,
+            self._streams,
+            principal,
+            on_idle=self._ended_something,
+            on_closed=self._closed,
+            on_orphans=self._recorder.orphaned,
+        )
         live.peer = peer
         self._sessions[session.id] = live
         return live

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import structlog
 from aiohttp import web
 
+from streamkv.observe.recorder import Recorder
 from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
 from streamkv.server.config import ServerConfig
 from streamkv.server.connection import Connection
@@ -24,13 +25,15 @@ log = structlog.get_logger(__name__)
 class StreamDoor:
     """Holds the WebSocket connections of one process."""
 
-    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None]) -> None:
+    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None], recorder: Recorder) -> None:
         """``moved`` is called whenever a connection has become idle or has ended."""
         self._streams = streams
         self._config = config
         self._moved = moved
         self.connections: set[Connection] = set()
-        self.sessions = SessionStore(streams, config, moved)
+        self.sessions = SessionStore(streams, config, moved, recorder)
+        self._recorder = recorder
+        recorder.outbound = lambda: sum(live.session.outbound_bytes for live in self.sessions)
         self._names = itertools.count(1)
         self._draining = False
 
@@ -57,7 +60,9 @@ class StreamDoor:
             return error_response(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
         name = f"c{next(self._names)}"
         principal = principal_of(request)
-        connection = Connection(name, socket, request, CODECS[chosen], self.sessions, principal, self._config, self._moved)
+        connection = Connection(
+            name, socket, request, CODECS[chosen], self.sessions, principal, self._config, self._moved, self._recorder
+        )
         self.connections.add(connection)  # before the first await: it counts, and a drain must not miss it
         try:
             await socket.prepare(request)
@@ -71,8 +76,10 @@ class StreamDoor:
     def _refusal(self, request: web.Request) -> web.Response | None:
         """Everything that must be answered before the upgrade."""
         if self._draining:
+            self._recorder.rejected("draining")
             return error_response(503, "the server is shutting down; connect to another one", code="draining")
         if len(self.connections) >= self._config.max_connections:
+            self._recorder.rejected("connections")
             return error_response(503, "too many connections; try again later", code="overloaded")
         if request.headers.get("Upgrade", "").lower() != "websocket":
             return error_response(426, "this is a WebSocket endpoint; see docs/protocol.md", headers={"Upgrade": "websocket"})

@@ -129,6 +129,14 @@ class Serving:
         return f"ws://127.0.0.1:{self.server.port}/v1/stream"
 
     @asynccontextmanager
+    async def again(self, welcome: dict[str, Any], codec: str = "json", **hello: Any) -> AsyncIterator[Raw]:
+        """A further connection that asks for the session of an earlier one; fields of `hello` may say otherwise."""
+        async with self.raw(codec, hello=False) as raw:
+            await raw.send(**{"t": "hello", "session": welcome["session"], "epoch": welcome["epoch"]} | hello)
+            raw.welcome = await raw.receive()
+            yield raw
+
+    @asynccontextmanager
     async def raw(self, codec: str = "json", *, hello: bool = True, **options: Any) -> AsyncIterator[Raw]:
         """A WebSocket that has said hello, closed without a word at the end."""
         socket = await self.http.ws_connect(
@@ -211,6 +219,13 @@ class Raw:
         names = {"ids": stream_id} if isinstance(stream_id, list) else {"id": stream_id}
         field = "messages" if api == "chat" else "prompt"
         await self.send(t="create", api=api, body={field: prompt} | body, **names, **outer)
+
+    def kill(self) -> None:
+        """Drop the connection as a dead network does: what is on its way is lost."""
+        self.socket._writer.transport.abort()
+
+    async def resume(self, stream_id: str = "s", from_: int = 0, **fields: Any) -> None:
+        await self.send(t="resume", id=stream_id, **{"from": from_}, **fields)
 
     async def receive(self) -> dict[str, Any]:
         """The next message. Raises `ClosedError` at the end."""

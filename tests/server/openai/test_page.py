@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from streamkv.protocol.body_structs import REFUSED, ChatBody, CompletionBody
+from streamkv.server import guard
 from streamkv.server.openai.requests import ChatCompletionRequest, CompletionRequest, EmbeddingRequest
 from streamkv.server.openai.sse import HEARTBEAT_S
 from tests.server.bad_values import encoded_fields
@@ -54,6 +55,13 @@ async def test_every_route_is_on_the_page() -> None:
     async with door() as served:
         routes = {f"`{route.method} {route.path.replace(':.+}', '}')}`" for route in door_of(served).routes()}
     assert set(re.findall(r"^\| (`(?:GET|POST) [^`]+`) \|", PAGE, re.MULTILINE)) == routes
+
+
+def test_every_code_of_the_guard_is_on_the_page() -> None:
+    source = Path(guard.__file__).read_text()
+    codes = set(re.findall(r'code="([a-z_]+)"', source)) | {code for code, _ in guard._SENTENCES.values()}
+    named = PAGE + (Path(__file__).resolve().parents[3] / "docs" / "protocol.md").read_text()
+    assert {code for code in codes if f"`{code}`" not in named} == set()
 
 
 def test_figures_on_the_page() -> None:

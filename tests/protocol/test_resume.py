@@ -1,0 +1,438 @@
+"""Credit, resume and fork on a session without sockets, case by case, each with a clock of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from streamkv.protocol import messages as m
+from streamkv.protocol.session import Action, CancelStream, GrantCredit, OpenStreams, Session, SessionLimits
+from streamkv.text.events import Delta, Finished, Status, StreamEvent, Timings
+
+CODEC = m.CODECS["streamkv.v1.json"]
+TIMINGS = Timings(0.1, 0.2, 0.3, 0.4)
+
+
+class Talk:
+    """A session whose messages have been taken up to now, and whose engine opens whatever is asked for."""
+
+    def __init__(self, **limits: Any) -> None:
+        self.now = 100.0
+        self.limits = SessionLimits(**limits)
+        self.session = Session(
+            CODEC,
+            self.limits,
+            session_id="s",
+            epoch="e",
+            server="t",
+            models=("fake",),
+            max_model_len=100_000,
+            now=self.now,
+        )
+        self.actions: list[Action] = []
+        self.keys: dict[str, str] = {}  # of each id the latest
+        self.offsets: dict[str, int] = {}
+        assert isinstance(self.take()[0], m.Welcome)
+
+    def send(self, **message: Any) -> list[Action]:
+        if "from_" in message:
+            message["from"] = message.pop("from_")
+        return self.done(self.session.receive(CODEC.encode(message), is_text=True, now=self.now))
+
+    def done(self, actions: list[Action]) -> list[Action]:
+        self.actions += actions
+        return actions
+
+    def create(self, *ids: str, opened: bool = True, api: str = "completions", **fields: Any) -> list[Action]:
+        body = fields.pop("body", {"prompt": "p"})
+        return self._made(self.send(t="create", api=api, ids=list(ids), body=body, **fields), opened)
+
+    def fork(self, source: str, *ids: str, **fields: Any) -> OpenStreams:
+        (wish,) = self._made(self.send(t="fork", from_=source, ids=list(ids), **fields), True)
+        assert isinstance(wish, OpenStreams)
+        for stream_id in ids:
+            self.offsets[stream_id] = 0
+        return wish
+
+    def _made(self, actions: list[Action], opened: bool) -> list[Action]:
+        for wish in actions:
+            if isinstance(wish, OpenStreams):
+                for key in wish.keys:
+                    self.keys[key.partition("#")[0]] = key
+                    if opened:
+                        self.done(self.session.opened(key, "r", 3, f"record of {key}"))
+        return actions
+
+    def says(self, stream_id: str, *events: Any) -> list[Action]:
+        """Events of one step: texts (a token a word), states, or an end (a dictionary)."""
+        made: list[StreamEvent] = []
+        for event in events:
+            key, offset = self.keys[stream_id], self.offsets.get(stream_id, 0)
+            if isinstance(event, dict):
+                made.append(Finished(key, event["reason"], 3, offset, 0, TIMINGS))
+            elif event in ("prefill", "decode", "stalled", "preempted"):
+                made.append(Status(key, event, None))
+            else:
+                count = len(event.split())
+                made.append(Delta(key, offset, count, event, tuple(range(offset, offset + count))))
+                self.offsets[stream_id] = offset + count
+        return self.done(self.session.events(made, self.now))
+
+    def ends(self, stream_id: str) -> list[Action]:
+        return self.says(stream_id, {"reason": "stop"})
+
+    def take(self, *kinds: type) -> list[Any]:
+        """All that is due, of these kinds if any are named."""
+        messages = []
+        while (message := self.session.next_message(self.now)) is not None:
+            messages.append(message)
+        return [message for message in messages if not kinds or isinstance(message, kinds)]
+
+    def cut(self) -> list[Action]:
+        return self.done(self.session.detach(self.now))
+
+    def come_back(self) -> None:
+        self.session.attach(CODEC, self.now)
+        (welcome,) = self.take()
+        assert welcome.resumed
+
+    def tick(self, seconds: float) -> list[Action]:
+        self.now += seconds
+        return self.done(self.session.tick(self.now))
+
+    def cancelled(self) -> set[str]:
+        return {action.key for action in self.actions if isinstance(action, CancelStream)}
+
+
+# -- credit -------------------------------------------------------------------------------------------------------
+
+
+def test_who_grants_nothing_is_ended():
+    talk = Talk(stall_s=120.0)
+    talk.create("a", max=2)
+    talk.says("a", "decode", "stalled", "x y ")
+    assert [type(message) for message in talk.take()] == [m.Accepted, m.Status, m.Delta]
+    assert talk.session.next_tick() == talk.now + 120.0
+    assert talk.tick(119.0) == []
+    assert talk.tick(1.0) == [CancelStream(talk.keys["a"])]
+    (error,) = talk.take()
+    assert (error.code, error.id, error.retryable) == ("stalled_timeout", "a", True)
+
+
+def test_credit_that_crosses_the_news_of_a_stall_keeps_the_stream_alive():
+    """The engine goes on without a word; that it said "stalled" before must not end the stream two minutes later."""
+    talk = Talk(stall_s=120.0)
+    talk.create("a", max=2)
+    talk.says("a", "decode", "x ")
+    assert talk.send(t="credit", id="a", max=m.MAX_CREDIT) == [GrantCredit(talk.keys["a"], m.MAX_CREDIT)]
+    talk.says("a", "stalled", "y ")
+    talk.says("a", "z ")
+    assert talk.session.next_tick() == math.inf
+    assert talk.tick(1000.0) == []
+    assert talk.take(m.Error) == []
+    assert talk.take(m.Status) == []
+
+
+def test_a_stalled_stream_that_loses_its_blocks_is_still_stalled():
+    talk = Talk(stall_s=120.0)
+    talk.create("a", max=1)
+    talk.says("a", "decode", "stalled", "x ")
+    talk.says("a", "preempted")
+    assert talk.tick(120.0) == [CancelStream(talk.keys["a"])]
+
+
+def test_a_stream_that_may_not_even_begin_is_stalled_too():
+    """The engine lets it sleep and says nothing of it."""
+    talk = Talk(stall_s=120.0)
+    talk.create("a", max=0)
+    assert talk.take()[1:] == [m.Status("a", "stalled")]
+    talk.send(t="credit", id="a", max=3)
+    assert talk.tick(500.0) == []
+    talk.create("b", max=0)
+    assert talk.tick(120.0) == [CancelStream(talk.keys["b"])]
+
+
+def test_a_state_that_was_told_is_told_no_longer_once_there_is_credit():
+    talk = Talk(heartbeat_s=20.0)
+    talk.create("a", max=1)
+    talk.says("a", "decode", "stalled", "x ")
+    talk.take()
+    talk.send(t="credit", id="a", max=9)
+    talk.now += 21.0
+    assert talk.take() == [m.Status("a", "decode")]
+
+
+def test_credit_is_counted_from_the_start_of_a_fork():
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "1 2 3 4 ")
+    wish = talk.fork("a", "b", at=4, max=7)
+    assert wish.credit == 3
+    assert talk.send(t="credit", id="b", max=10) == [GrantCredit(talk.keys["b"], 6)]
+    assert talk.send(t="credit", id="b", max=9) == []
+
+
+# -- away ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stall_does_not_make_the_grace_longer():
+    talk = Talk(grace_s=15.0)
+    talk.create("a", max=2)
+    talk.says("a", "decode", "x ")
+    talk.cut()
+    talk.now += 10.0
+    talk.says("a", "stalled", "y ")
+    assert talk.session.next_tick() == talk.now + 5.0
+    assert talk.tick(5.0) == [CancelStream(talk.keys["a"])]
+    assert talk.session.closed
+
+
+def test_who_comes_back_has_the_whole_time_to_grant():
+    talk = Talk(grace_s=300.0, stall_s=120.0)
+    talk.create("a", max=1)
+    talk.says("a", "decode", "stalled", "x ")
+    talk.cut()
+    talk.now += 200.0
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    assert talk.tick(119.0) == []
+    assert talk.tick(1.0) == [CancelStream(talk.keys["a"])]
+
+
+def test_those_who_wait_start_when_a_wrong_resume_ends_a_stream():
+    talk = Talk(streams=1)
+    talk.create("a")
+    talk.create("b", opened=False)
+    talk.cut()
+    talk.come_back()
+    cancel, start = talk.send(t="resume", id="a", from_=7)
+    assert cancel == CancelStream(talk.keys["a"])
+    assert start.keys == ("b#1",)
+
+
+def test_those_who_wait_start_when_the_connection_of_an_impatient_one_is_lost():
+    talk = Talk(streams=1)
+    talk.create("a", on_disconnect="cancel")
+    talk.create("b", opened=False)
+    cancel, start = talk.cut()
+    assert cancel == CancelStream(talk.keys["a"])
+    assert start.keys == ("b#1",)
+
+
+def test_what_waited_for_a_lost_client_does_not_make_the_next_one_slow():
+    talk = Talk(outbound=1000)
+    talk.create("a")
+    talk.cut()
+    for number in range(300):
+        talk.says("a", f"{number} ")
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    talk.says("a", "last ")
+    assert not talk.session.too_slow
+    talk.now += 1.0
+    deltas = talk.take(m.Delta)
+    assert [delta.n for delta in deltas] == [64, 64, 64, 64, 44, 1]
+    assert "".join(delta.x for delta in deltas) == "".join(f"{number} " for number in range(300)) + "last "
+
+
+def test_what_is_longer_than_the_ring_is_not_computed_for_nobody():
+    talk = Talk(ring=10)
+    talk.create("a")
+    talk.cut()
+    assert talk.says("a", "1 2 3 4 5 6 7 8 9 10 ") == []
+    assert talk.says("a", "11 ") == [CancelStream(talk.keys["a"])]
+
+
+def test_what_has_been_confirmed_is_not_kept():
+    talk = Talk()
+    talk.create("a")
+    sizes = []
+    for number in range(100):
+        talk.says("a", f"{number} ")
+        talk.now += 1.0
+        talk.take()
+        talk.send(t="credit", id="a", max=m.MAX_CREDIT, ack=number)
+        sizes.append(talk.session._streams["a"].ring.bytes)
+    assert max(sizes) < 600
+
+
+@pytest.mark.parametrize("lost", ["nothing", "end", "all"])
+def test_a_finished_stream_comes_again_with_its_last_frame(lost: str):
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "x y ", {"reason": "stop"})
+    first = talk.take(m.Delta, m.Done)
+    talk.cut()
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0 if lost == "all" else 2)
+    resumed, *again = talk.take()
+    assert resumed.state == "done"
+    assert again == (first if lost == "all" else first[1:])
+
+
+def test_a_finished_stream_is_kept_from_its_last_frame_on():
+    talk = Talk(resume_s=60.0)
+    for name in "ab":
+        talk.create(name)
+    talk.ends("a")
+    talk.now += 50.0
+    talk.ends("b")
+    talk.take()  # both are sent only now
+    assert talk.session.next_tick() == talk.now + 60.0
+    talk.tick(59.0)
+    assert set(talk.session._retained) == {"a", "b"}
+    talk.tick(1.0)
+    assert set(talk.session._retained) == set()
+
+
+def test_another_epoch_ends_nothing():
+    talk = Talk()
+    talk.create("a")
+    talk.cut()
+    talk.come_back()
+    assert talk.send(t="resume", id="a", from_=0, epoch="other") == []
+    assert talk.take()[0].code == "resume_gone"
+    talk.send(t="resume", id="a", from_=0, epoch="e")
+    assert isinstance(talk.take()[0], m.Resumed)
+
+
+def test_an_echo_is_not_read_twice():
+    talk = Talk()
+    talk.create("a")
+    talk.session.events([Delta(talk.keys["a"], 0, 0, "echo", ())], talk.now)
+    (echo,) = talk.take(m.Delta)
+    assert (echo.o, echo.n, echo.x) == (0, 0, "echo")
+    talk.cut()
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    talk.says("a", "x ")
+    talk.now += 1.0
+    assert [(delta.o, delta.n) for delta in talk.take(m.Delta)] == [(0, 0), (0, 1)]
+
+
+def test_signs_of_life_go_to_the_longest_silent_also_after_a_second_resume():
+    talk = Talk(heartbeat_s=20.0)
+    talk.create("a", "b")
+    talk.take()
+    talk.now += 10.0
+    talk.send(t="resume", id="a", from_=0)
+    talk.take()
+    assert talk.session.next_due(talk.now) == pytest.approx(10.0)
+    talk.now += 10.0
+    assert talk.take() == [m.Status("b", "queued")]
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_the_oldest_finished_streams_are_forgotten_when_too_much_is_kept():
+    talk = Talk(retained=20_000)
+    for number in range(50):
+        talk.create(f"s{number}")
+        talk.says(f"s{number}", "x ", {"reason": "stop"})
+        talk.take()
+        assert talk.session.retained_bytes <= 20_000
+    kept = list(talk.session._retained)
+    assert kept == [f"s{number}" for number in range(50 - len(kept), 50)]
+    assert len(kept) >= 3
+
+
+def test_long_prompts_count_as_kept():
+    """A finished stream keeps its whole request for forks: that is what it weighs."""
+    talk = Talk(retained=1_000_000)
+    for number in range(30):
+        talk.create(f"s{number}", body={"prompt": "x" * 100_000})
+        talk.ends(f"s{number}")
+        talk.take()
+    assert len(talk.session._retained) <= 10
+    assert sum(len(stream.body[1]["prompt"]) for stream in talk.session._retained.values()) <= 1_000_000
+
+
+# -- forks --------------------------------------------------------------------------------------------------------
+
+
+def test_an_echo_is_no_text_of_the_parent():
+    """A fork looks for text that its parent held back behind what the client has; an echoed prompt is not part of that."""
+    talk = Talk()
+    talk.create("a")
+    talk.session.events([Delta(talk.keys["a"], 0, 0, "the prompt", ())], talk.now)
+    talk.take()
+    talk.says("a", "one two ")
+    talk.take()
+    assert talk.fork("a", "b", at=2).fork.chars == len("one two ")
+    assert talk.fork("a", "c", at=0).fork.chars == 0
+    talk.says("a", "three ")
+    assert talk.fork("a", "d").fork.chars == len("one two three ")
+
+
+def test_a_fork_of_a_fork_counts_the_text_of_both():
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "one two ")
+    talk.take()
+    talk.fork("a", "b", at=2)
+    assert talk.fork("b", "c").fork.chars == len("one two ")
+    talk.says("b", "three ")
+    talk.take()
+    assert talk.fork("b", "d", at=3).fork.chars == len("one two three ")
+    assert talk.fork("b", "e", at=2).fork.chars == len("one two ")
+    # After a prompt of its own, the text of its parents is not its own any more.
+    talk.fork("b", "f", body={"prompt": "more"})
+    talk.says("f", "four ")
+    assert talk.fork("f", "g").fork.chars == len("four ")
+
+
+def test_where_no_delta_ends_the_characters_are_not_known_for_the_forks_either():
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "one two ")
+    talk.take()
+    talk.fork("a", "b", at=1)
+    talk.says("b", "three ")
+    assert [talk.fork("a", "c", at=1).fork.chars, talk.fork("b", "d").fork.chars] == [None, None]
+
+
+@pytest.mark.parametrize("at", [-1, 5, 2**60])
+def test_a_fork_from_where_the_parent_has_not_been_is_refused(at: int):
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "1 2 3 4 ")
+    talk.take()
+    assert talk.send(t="fork", from_="a", id="b", at=at) == []
+    (error,) = talk.take()
+    assert (error.id, error.code, error.param) == ("b", "invalid_request", "at")
+
+
+def test_what_cannot_be_forked_says_so():
+    talk = Talk(streams=1)
+    talk.create("a", opened=False)
+    talk.create("w", opened=False)
+    for source in ("a", "w", "nobody"):
+        talk.send(t="fork", from_=source, id=f"of-{source}")
+    errors = talk.take(m.Error)
+    assert [(error.id, error.code) for error in errors] == [(f"of-{source}", "fork_gone") for source in ("a", "w", "nobody")]
+
+
+def test_a_fork_takes_the_name_of_its_own_finished_parent():
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "1 2 ", {"reason": "stop"})
+    talk.take()
+    wish = talk.fork("a", "a")
+    assert (wish.keys, wish.fork.output, wish.fork.record) == (("a#1",), (0, 1), "record of a#0")
+
+
+# -- the queue ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("api", ["embeddings", "score"])
+def test_each_waiting_stream_keeps_its_own_input_when_a_sibling_is_cancelled(api: str):
+    talk = Talk(streams=3)
+    talk.create("busy", "busy2")
+    talk.create("a", "b", "c", api=api, body={"input": ["of a", "of b", "of c"]}, opened=False)
+    talk.send(t="cancel", id="a")
+    (wish,) = talk.send(t="cancel", id="busy") and talk.ends("busy")
+    assert wish.keys == ("b#3", "c#4")
+    assert wish.body.inputs == ("of b", "of c")

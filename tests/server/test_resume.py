@@ -1,0 +1,296 @@
+"""Connections that die and come back, on a real socket: nothing is lost, nothing comes twice, nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from streamkv.engine.api import EngineRequest
+from streamkv.protocol.session import SessionLimits
+from tests.server.serving import ClosedError, Raw, Serving, eventually, serving
+from tests.server.wire import bearer, keyed
+
+CODECS = ["json", "msgpack"]
+
+
+def reply(request: EngineRequest, branch: int, position: int) -> int:
+    """Letters that tell by themselves where in which stream they belong, as far as 26 letters can."""
+    return 97 + (position * position + 5 * position + 3 * request.prompt[0] + branch) % 26
+
+
+def reference(first: int, count: int) -> str:
+    request = EngineRequest(("x",), [first], None)  # type: ignore[arg-type]  # nobody looks at it
+    return "".join(chr(reply(request, 0, position)) for position in range(count))
+
+
+class Reader:
+    """The least that a client must remember of its streams to resume them."""
+
+    def __init__(self, names: list[str], window: int) -> None:
+        self.window = window
+        self.text = dict.fromkeys(names, "")
+        self.count = dict.fromkeys(names, 0)
+        self.granted = dict.fromkeys(names, window)
+        self.ends: dict[str, dict[str, Any]] = {}
+
+    @property
+    def open(self) -> list[str]:
+        return [name for name in self.text if name not in self.ends]
+
+    async def read(self, raw: Raw) -> bool:
+        """One message; True if it was text."""
+        message = await raw.receive()
+        name = message.get("id")
+        assert message["t"] != "error", message
+        if message["t"] == "delta":
+            assert message["o"] == self.count[name], "a token is missing or came twice"
+            self.text[name] += message["x"]
+            self.count[name] += message["n"]
+            assert self.count[name] <= self.granted[name]
+            if self.granted[name] - self.count[name] <= self.window // 2:
+                self.granted[name] = self.count[name] + self.window
+                await raw.send(t="credit", id=name, max=self.granted[name], ack=self.count[name])
+        elif message["t"] == "done":
+            assert name not in self.ends
+            self.ends[name] = message
+        return message["t"] == "delta"
+
+
+async def until_killed(reader: Reader, raw: Raw, deltas: int) -> None:
+    """Read so many deltas, or to the end of all streams; then die."""
+    while deltas and reader.open:
+        deltas -= await reader.read(raw)
+    raw.kill()
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_a_hundred_dead_connections_lose_nothing(seed: int):
+    streams, tokens, kills = 40, 400, 100
+    rng = random.Random(seed)
+    names = [f"s{number}" for number in range(streams)]
+    reader = Reader(names, window=48)
+    async with serving(reply=reply, context=600, grace_s=60.0) as served:
+        async with served.raw() as raw:
+            welcome = raw.welcome
+            for number, name in enumerate(names):
+                await raw.create(name, [number], max_tokens=tokens, create_max=48)
+            await until_killed(reader, raw, 3)
+        for number in range(kills):
+            async with served.again(welcome, CODECS[number % 2]) as raw:
+                assert raw.welcome["resumed"]
+                for name in reader.open:
+                    await raw.resume(name, reader.count[name], max=reader.granted[name])
+                assert reader.open, "everything is over too early; the test should be longer"
+                await until_killed(reader, raw, 10**9 if number == kills - 1 else rng.randrange(12))
+        assert reader.text == {name: reference(number, tokens) for number, name in enumerate(names)}
+        assert {end["usage"]["completion"] for end in reader.ends.values()} == {tokens}
+        await served.quiet()
+
+
+async def finished_away(served: Serving, codec: str = "json", **body: Any) -> dict[str, Any]:
+    """A stream that nobody sees end; its session's welcome."""
+    async with served.raw(codec) as raw:
+        await raw.create("s", [7], **{"max_tokens": 20} | body)
+        await raw.wait_for_type("delta", "s")
+        raw.kill()
+    await served.quiet()
+    return raw.welcome
+
+
+@pytest.mark.parametrize("codec", CODECS)
+async def test_what_has_finished_meanwhile_comes_with_its_last_frame(codec: str):
+    async with serving(reply=reply, grace_s=60.0) as served:
+        welcome = await finished_away(served, codec)
+        for _ in range(3):  # as often as it is asked for
+            async with served.again(welcome, codec) as raw:
+                assert raw.welcome["resumed"]
+                await raw.resume("s", 0)
+                resumed = await raw.wait_for_type("resumed", "s")
+                assert (resumed["from"], resumed["state"]) == (0, "done")
+                ended = await raw.ended("s")
+                assert (ended.text, ended.reason) == (reference(7, 20), "length")
+
+
+async def test_the_newest_connection_wins():
+    async with serving(reply=reply, context=2000, grace_s=60.0) as served, served.raw() as old:
+        served.engine.hold = 5
+        await old.create("s", [7], max_tokens=50)
+        await old.wait_for_type("delta", "s")
+        async with served.again(old.welcome, "msgpack") as new:
+            assert new.welcome["resumed"]
+            closed = await old.closed()
+            assert (closed.code, closed.reason.split(":")[0]) == (4409, "taken_over")
+            await new.resume("s", 0)
+            await served.engine.release()
+            ended = await new.ended("s")
+            assert ended.text == reference(7, 50)
+
+
+async def test_what_an_old_connection_still_says_is_not_heard():
+    """Both frames come in at once: the session is the new one's before the old one's is read."""
+    async with serving(reply=reply, grace_s=60.0) as served, served.raw() as old, served.raw(hello=False) as new:
+        served.engine.hold = 5
+        await old.create("s", [7], max_tokens=50)
+        await old.wait_for_type("delta", "s")
+        await new.send(t="hello", session=old.welcome["session"])
+        await old.send(t="bye", cancel=True)
+        assert (await new.receive())["resumed"]
+        await new.resume("s", 0)
+        await served.engine.release()
+        assert (await new.ended("s")).text == reference(7, 50)
+
+
+async def test_who_names_no_session_of_this_server_gets_a_new_one():
+    async with serving(reply=reply, grace_s=60.0) as served:
+        welcome = await finished_away(served)
+        for wrong in ({"session": "nobody"}, {"session": ""}, {"epoch": "another"}, {"session": None}):
+            async with served.again(welcome, **wrong) as raw:
+                assert "resumed" not in raw.welcome  # false is left out
+                assert raw.welcome["session"] != welcome["session"]
+                await raw.resume("s", 0)
+                assert (await raw.wait_for_type("error", "s"))["code"] == "resume_gone"
+                assert await raw.synced() == []
+        async with served.again(welcome) as raw:
+            await raw.resume("s", 0)
+            assert (await raw.ended("s")).text == reference(7, 20)
+
+
+async def test_another_tenant_cannot_take_a_session_over(tmp_path: Path):
+    async with keyed(tmp_path, reply=reply, grace_s=60.0) as served:
+        async with served.raw(headers=bearer("acme")) as raw:
+            await raw.create("s", [7], max_tokens=20)
+            await raw.ended("s")
+        for tenant, resumed in (("rival", False), ("acme", True)):
+            async with served.raw(hello=False, headers=bearer(tenant)) as other:
+                await other.send(t="hello", session=raw.welcome["session"])
+                assert (await other.receive()).get("resumed", False) is resumed
+
+
+@pytest.mark.parametrize("on_disconnect", ["grace", "cancel"])
+async def test_nobody_comes_back(on_disconnect: str):
+    """Grace over, or none wanted: the engine is empty, and the session is gone."""
+    grace_s = 0.0 if on_disconnect == "grace" else 60.0
+    async with serving(reply=reply, grace_s=grace_s) as served:
+        async with served.raw() as raw:
+            await raw.create("s", [7], max_tokens=100, create_max=3, create_on_disconnect=on_disconnect)
+            await raw.wait_for_type("delta", "s")
+            raw.kill()
+        await served.quiet()
+        await eventually(lambda: len(served.server.stream_door.sessions) == 0)
+        async with served.again(raw.welcome) as raw:
+            assert not raw.welcome.get("resumed")
+            await raw.resume("s", 3)
+            assert (await raw.wait_for_type("error", "s"))["code"] == "resume_gone"
+
+
+async def test_bye_without_cancel_leaves_streams_running():
+    async with serving(reply=reply, grace_s=60.0) as served:
+        served.engine.hold = 3
+        async with served.raw() as raw:
+            await raw.create("s", [7], max_tokens=20)
+            await raw.wait_for_type("delta", "s")
+            await raw.send(t="bye", cancel=False)
+            assert (await raw.closed()).code == 1000
+        assert len(served.engine.live) == 1
+        await served.engine.release()
+        async with served.again(raw.welcome) as raw:
+            await raw.resume("s", 0)
+            assert (await raw.ended("s")).text == reference(7, 20)
+
+
+async def test_many_streams_that_grew_while_their_client_was_away_do_not_make_it_slow():
+    """40 streams with a hundred bytes each are more than the reader may be behind; it is not behind, it was away."""
+    limits = SessionLimits(outbound=2000)
+    async with serving(reply=reply, limits=limits, context=2000, grace_s=60.0) as served:
+        served.engine.hold = 3
+        names = [f"s{number}" for number in range(40)]
+        async with served.raw() as raw:
+            for name in names:
+                await raw.create(name, [7], max_tokens=300)
+                await raw.wait_for_type("delta", name)
+            raw.kill()
+        await eventually(lambda: not served.server.stream_door.connections)
+        await served.engine.release(200)
+        await eventually(lambda: all(live.num_tokens == 200 for live in served.engine._live.values()))
+        async with served.again(raw.welcome) as raw:
+            for name in names:
+                await raw.resume(name, 0)
+            await served.engine.release(201)  # something comes while nothing has been sent yet
+            raw._early = await raw.synced()
+            await served.engine.release()
+            for name in names:
+                assert (await raw.ended(name)).text == reference(7, 300)
+
+
+async def test_finished_streams_are_forgotten_in_a_connection_that_stays(monkeypatch: pytest.MonkeyPatch):
+    limits = SessionLimits(resume_s=0.05)
+    async with serving(reply=reply, limits=limits, grace_s=60.0) as served, served.raw() as raw:
+        await raw.create("s", [7], max_tokens=5)
+        await raw.ended("s")
+        (live,) = served.server.stream_door.sessions
+        await eventually(lambda: live.session.retained_bytes == 0)
+
+
+async def test_all_sessions_together_keep_no_more_than_they_may(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("streamkv.server.session_store._MAX_RETAINED", 30_000)
+    monkeypatch.setattr("streamkv.server.session_store._BALANCE_S", 0.0)
+    async with serving(reply=reply, grace_s=60.0) as served:
+        for number in range(6):
+            async with served.raw() as raw:
+                for name in "abc":
+                    await raw.create(name, [number], max_tokens=5)
+                    await raw.ended(name)
+                raw.kill()
+            await eventually(lambda: not served.server.stream_door.connections)
+        total = sum(live.session.retained_bytes for live in served.server.stream_door.sessions)
+        assert 0 < total <= 30_000
+
+
+async def test_a_stream_whose_answer_is_on_its_way_when_the_client_dies_is_resumed():
+    """The request has been taken and `accepted` never came: the client resumes from 0 all the same."""
+    async with serving(reply=reply, grace_s=60.0) as served:
+        served.engine.answering.clear()
+        async with served.raw() as raw:
+            await raw.create("s", [7], max_tokens=20)
+            await eventually(lambda: len(served.engine.requests) == 1)
+            raw.kill()
+        await eventually(lambda: not served.server.stream_door.connections)
+        async with served.again(raw.welcome) as raw:
+            await raw.resume("s", 0)
+            assert (await raw.wait_for_type("resumed", "s"))["from"] == 0
+            served.engine.answering.set()
+            assert (await raw.ended("s")).text == reference(7, 20)
+
+
+async def test_a_session_that_broke_the_protocol_cannot_be_resumed():
+    async with serving(reply=reply, grace_s=60.0) as served:
+        served.engine.hold = 3
+        async with served.raw() as raw:
+            await raw.create("s", [7], max_tokens=20)
+            await raw.wait_for_type("delta", "s")
+            await raw.send(t="hello")
+            with pytest.raises(ClosedError, match="4400"):
+                while True:
+                    await raw.receive()
+        await served.quiet()
+        async with served.again(raw.welcome) as raw:
+            assert not raw.welcome.get("resumed")
+
+
+async def test_a_drain_ends_sessions_without_a_connection():
+    async with serving(reply=reply, grace_s=60.0) as served:
+        served.engine.hold = 3
+        async with served.raw() as raw:
+            await raw.create("s", [7], max_tokens=20)
+            await raw.wait_for_type("delta", "s")
+            raw.kill()
+        await eventually(lambda: not served.server.stream_door.connections)
+        served.server.stream_door.drain(10.0, "test")
+        await served.quiet()
+        with pytest.raises(aiohttp.WSServerHandshakeError):
+            async with served.again(raw.welcome):
+                raise AssertionError("a draining server takes no connection")
