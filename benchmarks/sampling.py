@@ -1,6 +1,6 @@
 """What sampling costs: milliseconds per call and as part of a decoding step, beside transformers' processors.
 
-python -m benchmarks.sampling [--rounds 21] [--rows 64] [--vocab-sizes 32000 128000] [--no-step]
+python -m benchmarks.sampling [--rounds 21] [--rows 64] [--vocab-sizes 32000 128000] [--no-step] [--cpu-time]
 
 The step is one decoding step of `ModelRunner` with the 254M bfloat16 model (benchmarks/workloads.py), greedy, rows of 300 tokens.
 Rounds are interleaved: in each one the step and every case are timed once, and the fastest round of each counts, because whatever
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any, Final
 
 import numpy as np
@@ -63,6 +63,8 @@ def main() -> None:
     arguments = _arguments()
     configure_logs(level="warning")
     print_setting("streamkv", "torch", "transformers")
+    if arguments.cpu_time:
+        torch.set_num_threads(1)
     print(f"torch threads: {torch.get_num_threads()}; {arguments.rows} rows, {LENGTH} tokens each\n", flush=True)
     step = None if arguments.no_step else _decoding_step(arguments)
     for vocab_size in arguments.vocab_sizes:
@@ -75,6 +77,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--vocab-sizes", nargs="+", type=int, default=[32_000, 128_000])
     parser.add_argument("--model-dir", type=Path, default=DEFAULT_MODEL_DIR, help="where the model is kept (%(default)s)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU time of one thread: for a machine that does other things too"
+    )
     parser.add_argument("--no-step", action="store_true", help="without the model: milliseconds only")
     return parser.parse_args()
 
@@ -181,7 +186,7 @@ def _report(vocab_size: int, step: Run | None, arguments: argparse.Namespace) ->
     if step is not None:
         runs["the step", ""] = step
     with torch.inference_mode():
-        times = _time(runs, arguments.rounds)
+        times = _time(runs, arguments.rounds, thread_time if arguments.cpu_time else perf_counter)
     total = times.pop(("the step", ""), None)
     rows = []
     for case in dict.fromkeys(case for case, _ in times):
@@ -193,15 +198,15 @@ def _report(vocab_size: int, step: Run | None, arguments: argparse.Namespace) ->
     print_table(f"Sampling, vocabulary {vocab_size:,}; fastest of {arguments.rounds} rounds{of_step}", header, rows)
 
 
-def _time(runs: dict[tuple[str, str], Run], rounds: int) -> dict[tuple[str, str], float]:
+def _time(runs: dict[tuple[str, str], Run], rounds: int, clock: Callable[[], float]) -> dict[tuple[str, str], float]:
     """Seconds of the fastest round of each."""
     times: dict[tuple[str, str], list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
         for name, run in runs.items():
-            start = perf_counter()
+            start = clock()
             run()
             if turn >= 2:  # the first ones are not timed
-                times[name].append(perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: min(values) for name, values in times.items()}
 
 

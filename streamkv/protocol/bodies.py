@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
+_MAX_SALT_CHARS: Final = 256
 _MAX_MESSAGES: Final = 1024
 _MAX_ERROR_CHARS: Final = 200
 
@@ -83,6 +84,7 @@ class ParsedBody(msgspec.Struct, frozen=True):
     params: SamplingParams
     is_chat: bool
     tools: Sequence[Mapping[str, Any]] | None = None
+    cache_salt: str | None = None
 
 
 class ParsedEmbedding(msgspec.Struct, frozen=True):
@@ -157,10 +159,18 @@ def check_body(body: Body, *, models: Sequence[str], num_ids: int | None, max_mo
     _check_refused(body)
     if isinstance(body, ChatBody):
         params = _params(body, _chat_logprobs(body), samples, max_model_len)
-        return ParsedBody(_messages(body), params, is_chat=True, tools=_tools(body))
+        return ParsedBody(_messages(body), params, is_chat=True, tools=_tools(body), cache_salt=_salt(body))
     assert isinstance(body, CompletionBody)
     prompt = _prompt(body.prompt)
-    return ParsedBody(prompt, _params(body, body.logprobs, samples, max_model_len, echo=bool(body.echo)), is_chat=False)
+    params = _params(body, body.logprobs, samples, max_model_len, echo=bool(body.echo))
+    return ParsedBody(prompt, params, is_chat=False, cache_salt=_salt(body))
+
+
+def _salt(body: GenerationBody) -> str | None:
+    """Divides a tenant's own part of the prefix cache further."""
+    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= _MAX_SALT_CHARS:
+        raise InvalidRequestError(f"cache_salt must be a string of 1 to {_MAX_SALT_CHARS} characters", param="cache_salt")
+    return body.cache_salt
 
 
 def _check_refused(body: GenerationBody) -> None:

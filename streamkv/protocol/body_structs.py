@@ -70,6 +70,7 @@ class GenerationBody(_Refused, kw_only=True):
     """What all generating APIs share."""
 
     model: str | None = None
+    cache_salt: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     min_tokens: int | None = None

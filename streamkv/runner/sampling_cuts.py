@@ -71,7 +71,7 @@ def thresholds(
     totals = None if probabilities is None else _totals(logits, probabilities, cuts)
     low, high, known = _cut(_Listing(_largest(candidates, LISTED), width, totals), cuts)
     for count in (_MORE, width):
-        for rows in (~known).nonzero().flatten().split(_SORTED // min(count, _SORTED)):
+        for rows in torch.split((~known).nonzero().flatten(), _SORTED // min(count, _SORTED)):
             listing = _Listing(_largest(pick(logits, rows).flatten(1), count), width, totals and totals.of(rows))
             low[rows], high[rows], known[rows] = _cut(listing, cuts.of(rows))
     return low, high

@@ -143,8 +143,8 @@ class MaskTables:
         masked = [batch.endings[early[batch.endings_of]]] if early.any() else []
         if len(batch.words):
             masked.append(batch.words[self._completes(batch, positions)])
-        for places in masked:
-            flat.index_fill_(0, torch.from_numpy(places).to(flat.device), -torch.inf)
+        for masked_places in masked:
+            flat.index_fill_(0, torch.from_numpy(masked_places).to(flat.device), -torch.inf)
 
     def _completes(self, batch: MaskBatch, positions: _Ints) -> _Ints:
         """Indices of the bad words whose other tokens are the last ones of their rows."""
@@ -161,7 +161,7 @@ class MaskTables:
 _NOTHING: Final = _Lists((), None, (), (), ())
 
 
-def _join(lists: list[tuple[int, Sequence[int]]], width: int) -> tuple[_Ints, _Ints]:
+def _join(lists: Sequence[tuple[int, Sequence[int]]], width: int) -> tuple[_Ints, _Ints]:
     """Places in the flattened logits of (entry, token ids), and the entry of each."""
     lengths = [len(ids) for _, ids in lists]
     entries = np.repeat(np.array([entry for entry, _ in lists], np.int64), lengths)

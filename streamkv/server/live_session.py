@@ -8,23 +8,21 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import structlog
 
-from streamkv.errors import InvalidRequestError, StreamKVError
+from streamkv.errors import StreamKVError
 from streamkv.protocol import messages as m
 from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
 from streamkv.protocol.session import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams, Session
 from streamkv.server.principal import Principal
+from streamkv.server.report import check_report
 from streamkv.text.events import Delta, Finished, StreamEvent
 from streamkv.text.streams import PreparedPrompt, TextStreams
 
 __all__ = ["LiveSession", "Peer"]
-
-_MAX_REPORTED: Final = 32_768
-"""Most log-probabilities of prompt tokens that one request can ask for: under a megabyte of frames that may wait."""
 
 log = structlog.get_logger(__name__)
 
@@ -241,7 +239,7 @@ class LiveSession:
         engine_ids = [f"{rid}.{index}" for index in range(len(keys))]
         try:
             prepared, body, parent = await preparing
-            _check_report(prepared)
+            check_report(prepared)
             if not self.session.wants(keys):
                 return
             self._names.add(keys, engine_ids)
@@ -251,7 +249,7 @@ class LiveSession:
                 prepared,
                 sink=self._sink,
                 priority=wish.priority,
-                salt=self.principal.salt,
+                salt=self.principal.salt_with(None if body is None else body.cache_salt),
                 credit=wish.credit,
                 fork_of=parent.engine_id if parent is not None else None,
                 first_branch=family.take(len(keys)),
@@ -269,6 +267,7 @@ class LiveSession:
             record = None if body is None else _Record(prepared, body, engine_ids[0], family)
             self._opened(keys, engine_ids, rid, prepared, record)
         self._wake()
+        self._arm()
         self._settle()
 
     def _opened(
@@ -356,18 +355,3 @@ class LiveSession:
 
 async def _alone(preparing: Awaitable[PreparedPrompt]) -> tuple[PreparedPrompt, None, None]:
     return await preparing, None, None
-
-
-def _check_report(prepared: PreparedPrompt) -> None:
-    """What is said of a prompt must not fill the memory when the client is slow to read it.
-
-    Raises:
-        InvalidRequestError: too many log-probabilities of prompt tokens.
-    """
-    top = prepared.sampling.prompt_logprobs
-    if top is not None and prepared.reports_prompt and len(prepared.token_ids) * (1 + top) > _MAX_REPORTED:
-        raise InvalidRequestError(
-            f"{len(prepared.token_ids)} prompt tokens with {top} alternatives each are more than {_MAX_REPORTED} "
-            "log-probabilities; ask for fewer",
-            param="prompt_logprobs",
-        )

@@ -33,6 +33,11 @@ class Principal:
         """Isolates its blocks in the prefix cache: nobody learns from timing what another tenant has asked."""
         return self.tenant
 
+    def salt_with(self, cache_salt: str | None) -> str:
+        """The client's own division of its tenant's cache; it can never name another tenant's."""
+        # NUL is in no tenant's name, so that no pair reads as another one.
+        return self.salt if cache_salt is None else f"{self.salt}\0{cache_salt}"
+
 
 ANONYMOUS: Final = Principal()
 """Everybody, on a server that other machines reach and that was told to ask for no keys."""

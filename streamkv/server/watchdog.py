@@ -57,6 +57,8 @@ class Hang:
             elapsed: seconds since the last look.
             computed: seconds of processor time that steps have used since then.
         """
+        # Whoever looks late was stopped himself, and so was everybody else.
+        elapsed = min(elapsed, 2 * self._limit / _TICKS)
         self._silence = 0.0 if beat != self._beat else self._silence + elapsed
         self._beat = beat
         if step is None or step != self._step:
@@ -130,8 +132,7 @@ class Watchdog:
             reason = hang.look(
                 step=step,
                 beat=self._beats,
-                # Whoever wakes up late was stopped himself, and so was everybody else.
-                elapsed=min(now - at, 2 * self._tick),
+                elapsed=now - at,
                 computed=used - computed,
             )
             at, computed = now, used

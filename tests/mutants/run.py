@@ -1,7 +1,8 @@
-"""Plant bugs one by one; every one must turn the core's tests red: ``python tests/mutants/run.py [NAME ...]``.
+"""Plant bugs one by one; every one must turn a test red: ``python tests/mutants/run.py [FOLDER or NAME ...]``.
 
-Each patch in `core/` is applied to a copy of the sources. It counts as noticed only if tests ran and one of them failed: a
-patch that does not apply, or that merely breaks an import, is an error of the patch and fails this run.
+Each patch in `core/` and `protocol/` is applied to a copy of the sources, and the tests of that part are run. It counts as
+noticed only if tests ran and one of them failed: a patch that does not apply, or that merely breaks an import, is an error of
+the patch and fails this run.
 """
 
 from __future__ import annotations
@@ -17,20 +18,33 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-PATCHES: Final = sorted((Path(__file__).parent / "core").glob("*.patch"))
+PATCHES: Final = sorted(Path(__file__).parent.glob("*/*.patch"))
 LIMIT_S: Final = 90
+TESTS: Final = {
+    "core": ("tests/core/test_[!m]*.py", "tests/core/test_m[!a]*.py", "tests/core/test_machine.py"),
+    "protocol": (
+        "tests/protocol/test_ring.py",
+        "tests/protocol/test_resume.py",
+        "tests/protocol/test_session.py",
+        "tests/server/test_resume.py",
+        "tests/server/test_fork.py",
+    ),
+}
+"""Of each folder of patches, the tests that must notice them; the cheapest first."""
 COPIED: Final = ("streamkv", "tests", "pyproject.toml")
 
 
 def main() -> int:
     """Print one line per planted bug and the sum; 0 if all were noticed."""
-    chosen = [patch for patch in PATCHES if not sys.argv[1:] or any(word in patch.name for word in sys.argv[1:])]
-    problem = run_tests(None)
-    if problem != "green":
-        print(f"the suite must be green before bugs are planted: {problem}")
-        return 1
+    words = sys.argv[1:]
+    chosen = [patch for patch in PATCHES if not words or any(word in f"{patch.parent.name}/{patch.name}" for word in words)]
+    for part in sorted({patch.parent.name for patch in chosen}):
+        problem = run_tests(part, None)
+        if problem != "green":
+            print(f"the tests of {part} must be green before bugs are planted: {problem}")
+            return 1
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = pool.map(run_tests, chosen)
+        verdicts = pool.map(lambda patch: run_tests(patch.parent.name, patch), chosen)
         passed = 0
         for number, (patch, verdict) in enumerate(zip(chosen, verdicts, strict=True), 1):
             noticed = verdict.startswith("red")
@@ -40,8 +54,8 @@ def main() -> int:
     return 0 if passed == len(chosen) and chosen else 1
 
 
-def run_tests(patch: Path | None) -> str:
-    """Run the core's tests on a patched copy; "red: first failing test", "green", or what is wrong with the patch."""
+def run_tests(part: str, patch: Path | None) -> str:
+    """Run a part's tests on a patched copy; "red: first failing test", "green", or what is wrong with the patch."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         work = Path(folder)
         for name in COPIED:
@@ -56,15 +70,13 @@ def run_tests(patch: Path | None) -> str:
             )
             if applied.returncode:
                 return f"the patch does not apply: {applied.stderr.strip()}"
-        return judge(work)
+        return judge(work, TESTS[part])
 
 
-def judge(work: Path) -> str:
-    """What the tests say of the sources in ``work``; the cheapest tests come first."""
-    quick = sorted(
-        path.relative_to(work).as_posix() for path in (work / "tests/core").glob("test_*.py") if "machine" not in path.name
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *quick, "tests/core/test_machine.py"]
+def judge(work: Path, patterns: tuple[str, ...]) -> str:
+    """What the tests say of the sources in ``work``."""
+    tests = [path.relative_to(work).as_posix() for pattern in patterns for path in sorted(work.glob(pattern))]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     environment = os.environ | {"PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "verdict"}
     try:
         done = subprocess.run(command, cwd=work, env=environment, check=False, capture_output=True, text=True, timeout=LIMIT_S)

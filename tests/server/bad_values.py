@@ -48,6 +48,7 @@ def _user(content: Any) -> list[dict[str, Any]]:
 
 
 _SHARED: Final[dict[str, list[Bad]]] = {
+    "cache_salt": [Bad((*NOT_TEXT, "", "x" * 257, LONG))],
     "model": [Bad(NOT_TEXT), Bad(("", "gpt-4", "fake ", "FAKE", "../fake", LONG), code="model_not_found")],
     "max_tokens": [
         Bad((*NOT_INTEGER, 0, -1, 2**24 + 1, 10**12, *HUGE)),
@@ -249,7 +250,7 @@ _CREATE: Final[dict[str, list[Bad]]] = {
     ],
     "api": [Bad((*NOT_TEXT, None, "", "responses", "CHAT", LONG))],
     "body": [Bad((None, 5, 1.5, True, "a", []), param="body")],
-    "max": [Bad((*NOT_INTEGER, 0, 1, 1024, -1, 2**53, *HUGE))],
+    "max": [Bad((*NOT_INTEGER, -1, 2**53, *HUGE))],
     "on_disconnect": [Bad((*NOT_TEXT, None, "", "keep", LONG))],
     "priority": [Bad((*NOT_INTEGER, None, 2**31, -(2**31) - 1, *HUGE))],
 }
@@ -259,9 +260,9 @@ _REST: Final[dict[str, dict[str, list[Bad]]]] = {
     "ping": {"ts": [Bad((*NOT_NUMBER, None, NAN, INF, -INF), notice=True)]},
     "bye": {"cancel": [Bad((*NOT_FLAG, None), notice=True)]},
     "credit": {
-        "id": [Bad((*NOT_TEXT, None), notice=True)],
-        "max": [Bad((*NOT_INTEGER, None, -1, 1024, *HUGE), notice=True)],
-        "ack": [Bad((*NOT_INTEGER, None), notice=True)],
+        "id": [Bad((*NOT_TEXT, None, *_BAD_NAMES), notice=True)],
+        "max": [Bad((*NOT_INTEGER, None, -1, 2**53, *HUGE), notice=True)],
+        "ack": [Bad((*NOT_INTEGER, None, -1, 2**53, *HUGE), notice=True)],
     },
     "resume": {
         "id": [Bad((*NOT_TEXT, None, *_BAD_NAMES), notice=True)],
@@ -270,10 +271,14 @@ _REST: Final[dict[str, dict[str, list[Bad]]]] = {
         "max": [Bad(NOT_INTEGER, notice=True)],
     },
     "fork": {
-        "from": [Bad((*NOT_TEXT, None), notice=True)],
-        "id": [Bad(NOT_TEXT, notice=True)],
+        "from": [Bad((*NOT_TEXT, None)), Bad(("", "nobody", LONG), code="fork_gone")],
+        "id": [Bad((*NOT_TEXT, *_BAD_NAMES, None), notice=True)],
         "ids": [Bad(("a", 5, 1.5, NAN, True, {}), notice=True), Bad(([5],), param="ids[0]", notice=True)],
-        "at": [Bad(NOT_INTEGER, notice=True)],
+        "at": [Bad(NOT_INTEGER)],
+        "body": [Bad((None, 5, "a", [], {"top_p": 5}), param="from", code="fork_gone")],  # nobody has no body to be changed
+        "max": [Bad((*NOT_INTEGER, -1, 2**53, *HUGE))],
+        "on_disconnect": [Bad((*NOT_TEXT, None, "", "keep", LONG))],
+        "priority": [Bad((*NOT_INTEGER, None, 2**31, -(2**31) - 1, *HUGE))],
     },
 }
 

@@ -180,6 +180,16 @@ def test_gate_c_nothing_is_refused_before_anything_was_measured():
         desk.admit(4000)
 
 
+def test_gate_c_measures_prompts_that_generate_nothing_as_well():
+    desk = Desk(slo_ttft_s=10.0)
+    for _ in range(20):
+        (request_id,) = desk.admit(100, max_tokens=0)
+        desk.begin(request_id)
+        desk.now += 1.0
+        desk.finish(request_id, 0)
+    assert desk.admission.prefill_rate.per_second(desk.now) == pytest.approx(100.0, rel=0.01)
+
+
 def test_gate_c_counts_what_the_cache_is_expected_to_have():
     desk = Desk(slo_ttft_s=10.0)
     for _ in range(200):  # nine tenths of every prompt are cached

@@ -46,7 +46,7 @@ class Home:
         return list((session._streams.get(stream_id) or session._retained[stream_id]).output)
 
     async def run(self, stream_id: str, prompt: Any, **body: Any) -> Ended:
-        await self.raw.create(stream_id, prompt, **{"temperature": 0, "max_tokens": 24} | body)
+        await self.raw.create(stream_id, prompt, **{"temperature": 0, "max_tokens": 20} | body)
         return await self.raw.ended(stream_id)
 
     async def fork(self, source: str, stream_id: str, at: int | None = None, **fields: Any) -> Said:
@@ -120,7 +120,7 @@ async def test_a_greedy_fork_goes_on_as_its_parent_from_every_border(home: Home,
     own = parent.text.removeprefix(TEXT if body.get("echo") else "")
     found = borders(parent)
     assert len(found) > 8
-    for at, before in sorted(found.items())[:-1]:
+    for at, before in sorted(found.items())[:-1:2]:
         fork = await home.fork("p", f"f{at}", at)
         assert before.removeprefix(TEXT if body.get("echo") else "") + fork.text == own, f"forked at {at}"
         assert (fork.start, fork.end) == (at, parent.count)

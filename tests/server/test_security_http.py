@@ -18,10 +18,13 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 
 from streamkv.errors import ConfigError
+from streamkv.server.app import Server
 from streamkv.server.config import HttpLimits
 from streamkv.server.listener import Connections, tls_context
+from streamkv.server.routes import Access, Route
 from tests.server.serving import DEADLINE_S, Serving, eventually, serving
 from tests.server.wire import Answer, ask, exchange, head, keyed
 
@@ -234,6 +237,20 @@ async def test_a_body_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
         for encoding in ("gzip", "deflate"):
             answer = await send(served, post(served, ("Content-Encoding", encoding), ("Content-Length", str(len(bomb)))) + bomb)
             assert answer.status == 415
+
+
+async def test_nothing_below_the_guard_unpacks_either(monkeypatch: pytest.MonkeyPatch):
+    """The second lock: a handler that reads for itself gets what was sent."""
+
+    async def size(request: web.Request) -> web.Response:
+        return web.json_response(len(await request.read()))
+
+    routes = Server.routes
+    monkeypatch.setattr(Server, "routes", lambda self: [*routes(self), Route("POST", "/size", size, Access.PUBLIC)])
+    packed = gzip.compress(bytes(100_000))
+    async with serving() as served:
+        answer = await ask(served, "POST", "/size", {"Content-Encoding": "gzip"}, packed)
+        assert answer.json == len(packed)
 
 
 async def test_many_tiny_chunks_cost_time_in_proportion():

@@ -73,6 +73,12 @@ def test_a_loop_that_does_not_turn_hangs_after_the_limit_whatever_it_computes():
         assert "event loop" in said
 
 
+def test_time_in_which_nobody_looked_does_not_count():
+    hang = Hang(10.0)
+    for turn in range(20):
+        assert hang.look(step=1.0, beat=1, elapsed=3600.0, computed=0.0) is None or turn > 9
+
+
 def test_no_step_is_no_hang():
     assert Watched().run(3600) == (3600, None)
 

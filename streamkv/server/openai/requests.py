@@ -27,14 +27,12 @@ __all__ = [
     "check_priority",
     "read_body",
     "request_id",
-    "salt_of",
 ]
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's `max_tokens` of a text completion that says nothing."""
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
-_MAX_SALT: Final = 256
 
 T = TypeVar("T")
 
@@ -55,7 +53,6 @@ class ChatCompletionRequest(ChatBody, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = None
-    cache_salt: str | None = None
 
 
 class CompletionRequest(CompletionBody, kw_only=True):
@@ -64,7 +61,6 @@ class CompletionRequest(CompletionBody, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = None
-    cache_salt: str | None = None
 
 
 class EmbeddingRequest(EmbeddingBody, kw_only=True):
@@ -120,7 +116,7 @@ def check_generation(
     if stream and body.params.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs comes with whole answers only; leave stream out", param="prompt_logprobs")
     principal = principal_of(request)
-    salt = salt_of(principal.salt, given.cache_salt)
+    salt = principal.salt_with(body.cache_salt)
     return GenerationRequest(body, stream, usage, check_priority(given.priority), principal, salt)
 
 
@@ -143,17 +139,3 @@ def check_priority(priority: int | None) -> int:
     if priority is not None and not -(2**31) <= priority < 2**31:
         raise InvalidRequestError("priority must be a 32-bit integer", param="priority")
     return priority or 0
-
-
-def salt_of(tenant_salt: str, cache_salt: str | None) -> str:
-    """A tenant may divide its own part of the prefix cache further, and can never name another tenant's.
-
-    Raises:
-        InvalidRequestError: the client's salt is empty or too long.
-    """
-    if cache_salt is None:
-        return tenant_salt
-    if not 1 <= len(cache_salt) <= _MAX_SALT:
-        raise InvalidRequestError(f"cache_salt must be a string of 1 to {_MAX_SALT} characters", param="cache_salt")
-    # NUL is in no tenant's name, so that no pair reads as another one.
-    return f"{tenant_salt}\0{cache_salt}"

@@ -39,7 +39,6 @@ _OWN: Final[dict[str, list[Bad]]] = {
         Bad(({"continuous_usage_stats": 1},), param="stream_options.continuous_usage_stats", beside=_STREAMED),
     ],
     "priority": [Bad((*NOT_INTEGER, 2**31, -(2**31) - 1, *HUGE))],
-    "cache_salt": [Bad((*NOT_TEXT, "", "x" * 257, LONG))],
     "prompt_logprobs": [Bad((0, 1), beside=_STREAMED)],
 }
 _ONE_SAMPLE: Final = 2  # in the WebSocket's table `n` must agree with the ids; here it says how many there are

@@ -13,10 +13,9 @@ import pytest
 
 from streamkv import Engine, SamplingParams
 from streamkv.engine.config import EngineConfig
-from streamkv.errors import InvalidRequestError
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
-from streamkv.server.openai.requests import salt_of
+from streamkv.server.principal import Principal
 from tests.runner.tiny import save_tiny
 from tests.server.openai.dialect import CHAT, COMPLETIONS, HELLO, door, known, post
 from tests.server.serving import eventually
@@ -74,9 +73,7 @@ async def test_priority_and_salt_reach_the_engine():
 def test_no_salt_reads_as_another_tenants():
     tenants, salts = ["", "a", "ab"], [None, "a", "b", "ab", "a\0b"]
     pairs = [(tenant, salt) for tenant in tenants for salt in salts]
-    assert len({salt_of(*pair) for pair in pairs}) == len(pairs)
-    with pytest.raises(InvalidRequestError):
-        salt_of("a", "")
+    assert len({Principal(tenant).salt_with(salt) for tenant, salt in pairs}) == len(pairs)
 
 
 # -- a real model ------------------------------------------------------------------------------------------------------
