@@ -204,6 +204,7 @@ class Client:
         try:
             while self._socket is not None:
                 error = await self._serve(self._socket)
+                await self._socket.close()
                 self._socket = None
                 for pong in self._pongs.values():
                     if not pong.done():

@@ -534,10 +534,12 @@ class Session:
         """The engine cannot take these. Returns what may start in their place."""
         # `create` itself has been checked; the engine can only mind what is in the body.
         param = None if error.param is None else f"body.{error.param}"
+        retry_after_ms = None if error.retry_after_s is None else math.ceil(error.retry_after_s * 1000)
         for key in keys:
             stream = self._engine.get(key)
             if stream is not None:
-                self._finish(stream, m.Error(error.code, error.message, stream.id, param, error.retryable), unopened=True)
+                refusal = m.Error(error.code, error.message, stream.id, param, error.retryable, retry_after_ms)
+                self._finish(stream, refusal, unopened=True)
         return self.start_waiting()
 
     def events(self, events: list[text.StreamEvent], now: float) -> list[Action]:

@@ -193,7 +193,9 @@ class Admission:
                 f"{self.waiting} requests are waiting already; try again later",
                 retry_after_s=self._soon(self.backlog_tokens / rate if rate else _UNKNOWN_RETRY_S),
             )
-        if rate and self.backlog_tokens and self.backlog_tokens + tokens > self._slo * rate:
+        # What a single step can compute is never too much, however slow the first steps looked.
+        most = max(self._info.max_num_batched_tokens, self._slo * rate) if rate else 0.0
+        if rate and self.backlog_tokens and self.backlog_tokens + tokens > most:
             self.rejected("backlog")
             raise OverloadedError(
                 f"{self.backlog_tokens} prompt tokens are waiting already; try again later",

@@ -37,12 +37,17 @@ class Connection:
         request: web.Request,
         codec: Codec,
         store: SessionStore,
-        principal: Principal,
+        authenticate: Callable[[str | None], Principal | None],
         config: ServerConfig,
         on_idle: Callable[[], None],
         recorder: NullRecorder,
     ) -> None:
-        """Take over a prepared socket; ``on_idle`` is called whenever nothing is left to send and no stream is alive."""
+        """Take over a prepared socket.
+
+        Args:
+            authenticate: who is behind it, told by the token of its first frame if by nothing before.
+            on_idle: called whenever nothing is left to send and no stream is alive.
+        """
         self.name = name
         self.live: LiveSession | None = None
         self.aborted = False
@@ -50,7 +55,7 @@ class Connection:
         self._request = request
         self._codec = codec
         self._store = store
-        self._principal = principal
+        self._authenticate = authenticate
         self._config = config
         self._on_idle = on_idle
         self._recorder = recorder
@@ -100,7 +105,11 @@ class Connection:
         if isinstance(hello, Close):
             self.close(hello.code, hello.reason)
             return
-        self.live = self._store.open(hello, self._codec, self._principal, self, time.monotonic())
+        principal = self._authenticate(hello.token)
+        if principal is None:
+            self.close(4401, "unauthorized: send a valid key or ticket as token")
+            return
+        self.live = self._store.open(hello, self._codec, principal, self, time.monotonic())
         self.wake()
 
     def _hello_late(self) -> None:

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from streamkv.errors import StreamKVError
+from streamkv.errors import StreamKVError, UnauthorizedError
 from streamkv.protocol import messages as m
 from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
 from streamkv.protocol.session import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams, Session
+from streamkv.server.admission import Admission
 from streamkv.server.principal import Principal
 from streamkv.server.report import check_report
 from streamkv.text.events import Delta, Finished, StreamEvent
@@ -90,7 +91,9 @@ class LiveSession:
         session: Session,
         streams: TextStreams,
         principal: Principal,
+        admission: Admission,
         *,
+        still_valid: Callable[[Principal], bool],
         on_idle: Callable[[], None],
         on_closed: Callable[[LiveSession], None],
         on_orphans: Callable[[int], None],
@@ -100,6 +103,7 @@ class LiveSession:
 
         Args:
             name: of its requests in the log.
+            still_valid: False once the principal's key has been revoked.
             on_idle: called whenever a stream has ended.
             on_closed: called once, when nobody can come back to it any more.
             on_orphans: told of tokens that come while no client is connected.
@@ -109,6 +113,8 @@ class LiveSession:
         self.principal = principal
         self.peer: Peer | None = None
         self._streams = streams
+        self._admission = admission
+        self._still_valid = still_valid
         self._on_idle = on_idle
         self._on_closed = on_closed
         self._on_orphans = on_orphans
@@ -239,21 +245,23 @@ class LiveSession:
         engine_ids = [f"{rid}.{index}" for index in range(len(keys))]
         try:
             prepared, body, parent = await preparing
-            check_report(prepared)
+            self._check(prepared)
             if not self.session.wants(keys):
                 return
             self._names.add(keys, engine_ids)
             family = parent.family if parent is not None else _Family()
-            await self._streams.open(
-                engine_ids,
-                prepared,
-                sink=self._sink,
-                priority=wish.priority,
-                salt=self.principal.salt_with(None if body is None else body.cache_salt),
-                credit=wish.credit,
-                fork_of=parent.engine_id if parent is not None else None,
-                first_branch=family.take(len(keys)),
-            )
+            shared = 0 if parent is None else len(parent.prepared.token_ids)
+            with self._admission.admit(self.principal, prepared, engine_ids, shared=shared):
+                await self._streams.open(
+                    engine_ids,
+                    prepared,
+                    sink=self._sink,
+                    priority=wish.priority,
+                    salt=self.principal.salt_with(None if body is None else body.cache_salt),
+                    credit=wish.credit,
+                    fork_of=parent.engine_id if parent is not None else None,
+                    first_branch=family.take(len(keys)),
+                )
         except StreamKVError as error:
             self._forget(engine_ids)
             self._log.info("stream_refused", rid=rid, code=error.code, param=error.param)
@@ -277,6 +285,11 @@ class LiveSession:
         for index, (key, engine_id) in enumerate(zip(keys, engine_ids, strict=True)):
             own = None if record is None else _Record(record.prepared, record.body, engine_id, record.family)
             self.perform(self.session.opened(key, f"{rid}.{index}", len(prepared.token_ids), own))
+
+    def _check(self, prepared: PreparedPrompt) -> None:
+        check_report(prepared)
+        if not self._still_valid(self.principal):
+            raise UnauthorizedError("this key is no longer valid")
 
     async def _generation(self, wish: OpenStreams, body: ParsedBody) -> tuple[PreparedPrompt, ParsedBody, _Record | None]:
         """(what to submit, the body that a fork of it starts from, what it was forked from)."""

@@ -13,6 +13,7 @@ from streamkv import __version__
 from streamkv.observe.recorder import NullRecorder
 from streamkv.protocol import messages as m
 from streamkv.protocol.session import Session
+from streamkv.server.admission import Admission
 from streamkv.server.config import ServerConfig
 from streamkv.server.live_session import LiveSession, Peer
 from streamkv.server.principal import Principal
@@ -30,10 +31,20 @@ log = structlog.get_logger(__name__)
 class SessionStore:
     """Makes sessions and gives them back to whoever knows their name."""
 
-    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None], recorder: NullRecorder) -> None:
+    def __init__(
+        self,
+        streams: TextStreams,
+        config: ServerConfig,
+        still_valid: Callable[[Principal], bool],
+        admission: Admission,
+        moved: Callable[[], None],
+        recorder: NullRecorder,
+    ) -> None:
         """``moved`` is called whenever a stream or a session has ended."""
         self._streams = streams
         self._config = config
+        self._still_valid = still_valid
+        self._admission = admission
         self._moved = moved
         self._recorder = recorder
         self._sessions: dict[str, LiveSession] = {}
@@ -58,6 +69,7 @@ class SessionStore:
             taken.close(4409, f"taken_over: the session goes on in connection {name}")
             if live.session.closed:
                 return self._new(codec, principal, peer, now)
+        live.principal = principal
         live.session.attach(codec, now)
         live.peer = peer
         log.info("session_resumed", session=live.name, connection=peer.name)
@@ -80,6 +92,8 @@ class SessionStore:
             session,
             self._streams,
             principal,
+            self._admission,
+            still_valid=self._still_valid,
             on_idle=self._ended_something,
             on_closed=self._closed,
             on_orphans=self._recorder.orphaned,
@@ -97,6 +111,14 @@ class SessionStore:
         if now >= self._balance_at:
             self._balance_at = now + _BALANCE_S
             self.balance()
+
+    def recheck(self) -> None:
+        """End the sessions of keys that are not valid any more."""
+        for live in self:
+            if not self._still_valid(live.principal):
+                if live.peer is not None:
+                    live.peer.close(4401, "revoked: this key is no longer valid")
+                live.close()
 
     def balance(self) -> None:
         """Forget the oldest finished streams while all sessions together keep too much."""

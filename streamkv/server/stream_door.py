@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import structlog
 from aiohttp import web
 
 from streamkv.observe.recorder import Recorder
 from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
+from streamkv.server.admission import Admission
 from streamkv.server.config import ServerConfig
 from streamkv.server.connection import Connection
-from streamkv.server.principal import principal_of
+from streamkv.server.guard import Guard
 from streamkv.server.routes import Access, Route, error_response
 from streamkv.server.session_store import SessionStore
 from streamkv.text.streams import TextStreams
@@ -25,13 +27,22 @@ log = structlog.get_logger(__name__)
 class StreamDoor:
     """Holds the WebSocket connections of one process."""
 
-    def __init__(self, streams: TextStreams, config: ServerConfig, moved: Callable[[], None], recorder: Recorder) -> None:
+    def __init__(
+        self,
+        streams: TextStreams,
+        config: ServerConfig,
+        guard: Guard,
+        admission: Admission,
+        moved: Callable[[], None],
+        recorder: Recorder,
+    ) -> None:
         """``moved`` is called whenever a connection has become idle or has ended."""
-        self._streams = streams
         self._config = config
+        self._guard = guard
         self._moved = moved
         self.connections: set[Connection] = set()
-        self.sessions = SessionStore(streams, config, moved, recorder)
+        self.sessions = SessionStore(streams, config, guard.still_valid, admission, moved, recorder)
+        guard.revoked.append(self.sessions.recheck)
         self._recorder = recorder
         recorder.outbound = lambda: sum(live.session.outbound_bytes for live in self.sessions)
         self._names = itertools.count(1)
@@ -59,9 +70,9 @@ class StreamDoor:
             # aiohttp by itself would go on without any protocol.
             return error_response(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
         name = f"c{next(self._names)}"
-        principal = principal_of(request)
+        authenticate = partial(self._guard.authenticate_hello, request)
         connection = Connection(
-            name, socket, request, CODECS[chosen], self.sessions, principal, self._config, self._moved, self._recorder
+            name, socket, request, CODECS[chosen], self.sessions, authenticate, self._config, self._moved, self._recorder
         )
         self.connections.add(connection)  # before the first await: it counts, and a drain must not miss it
         try:
