@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from streamkv.text.tokenizer import TextTokenizer
 
-__all__ = ["IncrementalDetokenizer", "byte_level_alphabet"]
+__all__ = ["IncrementalDetokenizer", "byte_level_alphabet", "whole_text"]
 
 _CONTEXT: Final = 8
 """Tokens of the last piece that are decoded again with the next one."""
@@ -85,6 +85,15 @@ class IncrementalDetokenizer:
         text = decode(self._before + piece)[len(decode(self._before)) :] if self._before else decode(piece)
         self._before = piece[-_CONTEXT:]
         return text
+
+
+def whole_text(tokenizer: TextTokenizer, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of a prompt without a character that it leaves unfinished: an `IncrementalDetokenizer` goes on from there."""
+    if tokenizer.is_byte_level:
+        return IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens).push(token_ids)
+    tail = token_ids[-_CONTEXT:]
+    unfinished = len(_unfinished(b"".join(map(tokenizer.token_bytes, tail))))
+    return tokenizer.decode(token_ids[: len(token_ids) - unfinished], skip_special_tokens=skip_special_tokens)
 
 
 def _unfinished(data: bytes) -> bytes:

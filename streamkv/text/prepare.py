@@ -15,6 +15,7 @@ import msgspec
 from streamkv.engine.api import EngineInfo, check_processors
 from streamkv.errors import ContextLengthError, InvalidRequestError
 from streamkv.sampling_params import POOLINGS, Pooling, Sampling, SamplingParams
+from streamkv.text.detokenizer import whole_text
 from streamkv.text.stream import PreparedPrompt
 from streamkv.text.tokenizer import TextTokenizer
 
@@ -161,8 +162,9 @@ class Preparer:
         return [sequence for word in words for sequence in self._tokenizer.bad_word_ids(word)]
 
     async def _echo(self, token_ids: list[int], params: SamplingParams) -> str:
-        decode = partial(self._tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
-        return await self._run(decode, token_ids)
+        """The prompt's whole characters; one that it leaves unfinished comes with the output."""
+        read = partial(whole_text, self._tokenizer, skip_special_tokens=params.skip_special_tokens)
+        return await self._run(read, token_ids)
 
     # -- embeddings and scores ------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -42,7 +43,8 @@ class Desk:
         random = Random(7)
         if not jitter:
             random.uniform = lambda _low, _high: 0.0  # type: ignore[method-assign]  # no chance in it
-        self.admission = Admission(fake_info(), clock=lambda: self.now, random=random, **options)
+        info = msgspec.structs.replace(fake_info(), max_num_batched_tokens=16)
+        self.admission = Admission(info, clock=lambda: self.now, random=random, **options)
         self.count = 0
 
     def admit(self, tokens: int = 100, *, n: int = 1, principal: Principal = SOMEBODY, **options: Any) -> list[str]:
@@ -444,3 +446,13 @@ async def test_a_request_that_waited_too_long_ends_with_deadline_exceeded_and_wa
         assert b"deadline_exceeded" in streamed.body
         assert served.server.admission.leases == 0
         assert not served.engine._live
+
+
+def test_what_one_step_can_compute_is_never_refused_for_the_backlog():
+    """A rate seen in one slow first step used to turn the next sixty short prompts away."""
+    desk = Desk(slo_ttft_s=0.01)
+    desk.admission._info = msgspec.structs.replace(fake_info(), max_num_batched_tokens=500)
+    busy(desk, rate=1.0)
+    for _ in range(5):
+        desk.admit(100)
+    desk.refused(OverloadedError, tokens=100)

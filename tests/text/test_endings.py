@@ -103,6 +103,20 @@ async def test_echo_and_completion_join_to_the_decoding_of_all_tokens(kind: str)
     assert "".join(event.text for event in events if isinstance(event, Delta)) == tokenizer.decode(whole)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
+async def test_an_echo_does_not_show_half_a_character_that_the_output_finishes(kind: str) -> None:
+    tokenizer = text_tokenizer(kind)
+    whole = tokenizer.encode("a\U0001f980b")
+    for cut in range(1, len(whole)):
+        reply = lambda _request, _branch, position, cut=cut: whole[cut + position]  # noqa: E731  # one line a cut
+        screen = Screen()
+        async with hub(reply, tokenizer=tokenizer) as streams:
+            prepared = await streams.prepare(whole[:cut], SamplingParams(max_tokens=len(whole) - cut, echo=True), is_chat=False)
+            await streams.open(["a"], prepared, sink=screen)
+            await screen.end("a")
+        assert screen.text("a") == tokenizer.decode(whole)
+
+
 # -- what is said of the prompt -----------------------------------------------------------------------------------------
 
 
