@@ -53,9 +53,7 @@ class PromptReader:
         """True if some row wants a vector, so that hidden states must be kept."""
         return bool(self._pooled)
 
-    def ranges(
-        self, rows: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
-    ) -> list[Range]:
+    def ranges(self, rows: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> list[Range]:
         """Positions of this step that tell the log-probability of a prompt token which has not been reported."""
         if not self._scored:
             return []

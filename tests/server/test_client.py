@@ -273,7 +273,17 @@ async def test_a_server_that_closes():
 async def test_a_server_that_goes_mad_later():
     async def mad(socket: web.WebSocketResponse) -> None:
         limits = {"streams": 1, "queue": 1, "window": 8, "frame": 1000, "hello_s": 1, "ring": 8}
-        welcome = {"t": "welcome", "session": "s", "epoch": "e", "server": "x", "models": [], "limits": limits, "heartbeat_s": 1, "grace_s": 1, "resume_s": 1}
+        welcome = {
+            "t": "welcome",
+            "session": "s",
+            "epoch": "e",
+            "server": "x",
+            "models": [],
+            "limits": limits,
+            "heartbeat_s": 1,
+            "grace_s": 1,
+            "resume_s": 1,
+        }
         await socket.send_json(welcome)
         await socket.receive()
         await socket.send_str("not a message")
