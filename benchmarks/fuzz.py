@@ -36,7 +36,8 @@ from streamkv.sampling_params import Sampling
 from streamkv.server.config import ServerConfig
 
 BATCH: Final = 32
-CLOSE_CODES: Final = frozenset({1000, 1001, 1002, 1003, 1007, 1008, 1009, 4400, 4408, 4409})
+CLOSE_CODES: Final = frozenset({1000, 1001, 1002, 1003, 1006, 1007, 1008, 1009, 4400, 4408, 4409})
+"""1006 is what a client sees that still sends when the server has closed: TCP resets the connection and the code is lost."""
 LEAKS: Final = (b"Traceback", b'File "', b"Error(", b"/streamkv/", b"msgspec")
 
 _BODY: Final[dict[str, Any]] = {
@@ -122,6 +123,7 @@ async def _measure(frames: int, seed: int) -> None:
     wrong = {name: got for name, got in differ.items() if got not in UPSTREAM.get(name, ())}
     row = ["raw frames", len(RAW), len(RAW) - len(differ), len(differ) - len(wrong), len(wrong)]
     print_table("Frames that break RFC 6455", ["", "cases", "as the RFC wants", "aiohttp's own way", "wrong"], [row])
+    print(f"aborted by the server: {dict(log.aborts) or 'none'}; ", end="")
     print(f"the bystander has read {stream.num_tokens:,} tokens, all right; the server has logged {log.errors} failures")
     if wrong or log.errors or any(row[5] for row in rows):
         raise SystemExit(f"wrong: {wrong}, logged: {log.first}")
@@ -133,11 +135,14 @@ class _Log:
     def __init__(self) -> None:
         self.errors = 0
         self.first: Any = None
+        self.aborts: Counter[str] = Counter()
 
     def __call__(self, _logger: Any, level: str, event: Any) -> Any:
         if level in ("error", "exception", "critical") or event.get("exc_info"):
             self.errors += 1
             self.first = self.first or event
+        if event.get("event") == "aborted":
+            self.aborts[event["reason"]] += 1
         raise structlog.DropEvent
 
 

@@ -22,7 +22,7 @@ PREFIXES: Final[dict[Prefix, tuple[str, ...]]] = {
 STATES: Final = ("queued", "prefill", "decode", "stalled", "preempted")
 FINISHED_REASONS: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}
 """The engine's word -> vLLM's."""
-GATES: Final = ("streams", "requests", "prompt_tokens", "waiting", "backlog", "blocks", "connections", "draining")
+GATES: Final = ("streams", "requests", "prompt_tokens", "waiting", "backlog", "places", "blocks", "connections", "draining")
 """What turns work away: a tenant's quotas, what waits already, the KV blocks; too many sockets, a server that goes away."""
 
 # vLLM 0.33.0.

@@ -6,7 +6,7 @@ is bounded, because they are not read while `crowded`.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Final
 
 import msgspec
@@ -32,7 +32,7 @@ class Outbox:
         self.streams: OrderedDict[str, OutStream] = OrderedDict()  # attached, without their last frame; longest silent first
         self.bytes = 0  # of text that waits in them
         self._limits = limits
-        self._control: deque[m.ServerMessage] = deque()
+        self._control: list[m.ServerMessage] = []  # short: bounded by `crowded`; an empty deque takes half a kilobyte
         self._ready: OrderedDict[str, OutStream] = OrderedDict()  # of them those with output; served in turn
 
     # -- in -------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Outbox:
     def next_message(self, now: float, *, busy: bool) -> m.ServerMessage | None:
         """The next message to send, or None if none is due. Control first, then the streams in turn, then signs of life."""
         if self._control:
-            message = self._control.popleft()
+            message = self._control.pop(0)
             return msgspec.structs.replace(message, now=now) if isinstance(message, m.Pong) else message
         for stream in self._ready.values():
             if stream.due(self._limits, busy) <= now:
@@ -158,6 +158,8 @@ class Outbox:
             stream.said_of_prompt.append(message)
         elif stream.replay:
             message = stream.replay.popleft()
+            if not stream.replay:
+                stream.ring.shrink(self._limits.ring)  # its last chunk was perhaps cut only now
         elif stream.has_text:
             self.bytes -= stream.weight
             message = stream.take()

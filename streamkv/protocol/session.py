@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -147,7 +147,7 @@ class Session:
         self._retained: OrderedDict[str, OutStream] = OrderedDict()  # whose last frame has; oldest first
         self._kept = 0  # bytes of those
         self._running: set[str] = set()  # keys
-        self._waiting: deque[OpenStreams] = deque()
+        self._waiting: list[OpenStreams] = []  # not a deque, which takes half a kilobyte of every idle session
         self._next_key = 0
         self._bad_frames = 0
         self.num_replayed = 0  # tokens sent once more after resumes
@@ -582,7 +582,7 @@ class Session:
         """Streams that waited for a place among the running ones."""
         actions: list[Action] = []
         while self._waiting and len(self._running) + len(self._waiting[0].keys) <= self._limits.streams:
-            wish = self._waiting.popleft()
+            wish = self._waiting.pop(0)
             self._running.update(wish.keys)
             actions.append(wish)
         return actions

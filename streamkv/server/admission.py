@@ -3,6 +3,7 @@
     a  the tenant's quota: requests and prompt tokens a second, streams at once                    -> rate_limited
     b  requests that wait for their prefill                                                        -> overloaded
     c  prompt tokens that wait <= SLO x measured prefill rate: it would get its first token in time -> overloaded
+       and places in a step: who waits beyond the free ones <= SLO x places / mean time in one      -> overloaded
     d  KV blocks: what exceeds the pool <= SLO x measured rate at which blocks come back            -> overloaded
 
 A refusal says when to come again: the backlog divided by the measured rate, with some jitter so that not all come at once.
@@ -43,7 +44,7 @@ class Lease:
     Use it as a context manager around `TextStreams.open`: if that raises, it is given back.
     """
 
-    __slots__ = ("_admission", "blocks", "deadline", "ids", "principal", "prompt", "since", "tokens", "waiting")
+    __slots__ = ("_admission", "begun", "blocks", "deadline", "ids", "principal", "prompt", "since", "tokens", "waiting")
 
     def __init__(
         self, admission: Admission, principal: Principal, ids: Sequence[str], prompt: int, tokens: int, blocks: int
@@ -56,6 +57,7 @@ class Lease:
         self.blocks = blocks
         self.waiting = True  # its prefill has not begun
         self.since = 0.0
+        self.begun = 0.0  # when its prefill did
         self.deadline: float | None = None
 
     def release(self) -> None:
@@ -118,6 +120,7 @@ class Admission:
         self._order = itertools.count()
         self._miss = Mean(1.0)  # share of prompt tokens that the prefix cache does not have
         self._output = Mean(_FIRST_GUESS_TOKENS)
+        self._service: Mean | None = None  # seconds from the begin of the prefill to the end, once known
         self._stay = Mean(_UNKNOWN_RETRY_S)  # seconds from admission to end
         self.rejected: Callable[[str], None] = lambda _gate: None
         """Told which gate turns somebody away."""
@@ -185,6 +188,17 @@ class Admission:
                 )
         return tenant
 
+    def _place_in_time(self, samples: int) -> None:
+        """The prefill rate is measured while places are free: once all are taken, places are what people wait for."""
+        if self._service is None or not self.waiting:
+            return
+        rate = self._info.max_num_seqs / max(self._service.value, 1e-3)  # places that come free in a second
+        ahead = len(self._by_id) + samples - self._info.max_num_seqs
+        if ahead > self._slo * rate:
+            self.rejected("places")
+            message = f"{self.waiting} requests are waiting already; try again later"
+            raise OverloadedError(message, retry_after_s=self._soon(ahead / rate))
+
     def _in_time(self, tokens: int, samples: int, blocks: int, now: float) -> None:
         rate = self.prefill_rate.per_second(now)
         if self.waiting + samples > self._max_waiting:
@@ -201,6 +215,7 @@ class Admission:
                 f"{self.backlog_tokens} prompt tokens are waiting already; try again later",
                 retry_after_s=self._soon(self.backlog_tokens / rate),
             )
+        self._place_in_time(samples)
         excess = self.blocks + blocks - self._info.num_blocks
         rate = self.block_rate.per_second(now)
         if rate and excess > self._slo * rate:
@@ -286,6 +301,7 @@ class Admission:
 
     def _begin(self, lease: Lease, cached: int) -> None:
         lease.waiting = False
+        lease.begun = self._clock()
         self.waiting -= len(lease.ids)
         self._miss.add(1.0 - cached / lease.prompt)
         tokens = max(1, lease.prompt - cached)
@@ -316,6 +332,10 @@ class Admission:
         self.leases -= 1
         self.blocks -= lease.blocks
         self._stay.add(now - lease.since)
+        if lease.begun:
+            if self._service is None:
+                self._service = Mean(now - lease.begun)
+            self._service.add(now - lease.begun)
         self.block_rate.add(lease.blocks, now)
         if not self.backlog_tokens:
             self.prefill_rate.idle(now)

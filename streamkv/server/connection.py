@@ -27,6 +27,32 @@ _CLOSE_TIMEOUT_S: Final = 3.0
 log = structlog.get_logger(__name__)
 
 
+class _Bell:
+    """An `asyncio.Event` for one waiter that takes next to no memory while nobody waits: most connections are idle."""
+
+    __slots__ = ("_rung", "_waiter")
+
+    def __init__(self) -> None:
+        self._rung = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._rung = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._rung = False
+
+    async def wait(self) -> None:
+        while not self._rung:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+
 class Connection:
     """Lives as long as the handler that awaits `run`; its session may live longer."""
 
@@ -60,10 +86,9 @@ class Connection:
         self._on_idle = on_idle
         self._recorder = recorder
         self._replayed = 0
-        self._wake = asyncio.Event()
-        self._room = asyncio.Event()  # the writer has sent something, or has ended
+        self._wake = _Bell()
+        self._room = _Bell()  # the writer has sent something, or has ended
         self._closing: Close | None = None
-        self._log = log.bind(connection=name)
 
     async def run(self) -> None:
         """Until either side closes."""
@@ -154,6 +179,12 @@ class Connection:
     def _is_current(self) -> bool:
         """False once another connection has taken the session over."""
         return self.live is not None and self.live.peer is self
+
+    @property
+    def _log(self) -> structlog.stdlib.BoundLogger:
+        """Made when needed: it would take half a kilobyte of every idle connection."""
+        logger: structlog.stdlib.BoundLogger = log.bind(connection=self.name)
+        return logger
 
     # -- the writer -----------------------------------------------------------------------------------------------
 

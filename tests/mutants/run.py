@@ -1,8 +1,8 @@
 """Plant bugs one by one; every one must turn a test red: ``python tests/mutants/run.py [FOLDER or NAME ...]``.
 
-Each patch in `core/` and `protocol/` is applied to a copy of the sources, and the tests of that part are run. It counts as
-noticed only if tests ran and one of them failed: a patch that does not apply, or that merely breaks an import, is an error of
-the patch and fails this run.
+Each patch in `core/`, `protocol/` and `server/` is applied to a copy of the sources, and the tests of that part are run. It
+counts as noticed only if tests ran and one of them failed: a patch that does not apply, or that merely breaks an import, is an
+error of the patch and fails this run.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TESTS: Final = {
     "protocol": (
         "tests/protocol/test_ring.py",
         "tests/protocol/test_resume.py",
+        "tests/protocol/test_outbox.py",
         "tests/protocol/test_session.py",
-        "tests/server/test_resume.py",
-        "tests/server/test_fork.py",
     ),
+    "server": ("tests/server/test_resume.py",),
 }
 """Of each folder of patches, the tests that must notice them; the cheapest first."""
 COPIED: Final = ("streamkv", "tests", "pyproject.toml")

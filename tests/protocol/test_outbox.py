@@ -142,3 +142,31 @@ def test_crowded_until_the_answers_are_taken():
     assert made.crowded
     made.next_message(0.0, busy=False)
     assert not made.crowded
+
+
+def test_text_without_tokens_waits_for_the_next_ones_or_the_end():
+    """Offsets tell chunks apart: only an echo and what comes after the last token are chunks without tokens."""
+    made, (stream,) = started("s")
+    feed(made, stream, "a", 1.0, 0)
+    assert drained(made, 9.0) == []
+    feed(made, stream, "b", 9.0)
+    assert drained(made, 10.0) == [m.Delta("s", 1, 1, "ab")]
+    feed(made, stream, "c", 11.0, 0)
+    assert drained(made, 12.0) == []
+    end = m.Error("internal", "x", "s")
+    made.end(stream, end)
+    assert drained(made, 12.0) == [m.Delta("s", 2, 0, "c"), end]
+
+
+def test_what_a_stream_without_a_connection_says_waits_in_chunks_and_weighs_nothing():
+    made, (stream,) = started("s")
+    made.clear()
+    stream.attached = False
+    for number in range(130):
+        feed(made, stream, "y", 1.0 + number)
+    assert (made.bytes, drained(made, 1000.0)) == (0, [])
+    assert stream.resume(1)
+    assert [chunk.n for chunk in stream.replay] == [64, 64, 2]
+    made.attach(stream, 1000.0)
+    assert made.bytes == 0
+    assert "".join(chunk.x for chunk in drained(made, 1000.0)) == "y" * 130

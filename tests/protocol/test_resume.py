@@ -174,6 +174,25 @@ def test_credit_is_counted_from_the_start_of_a_fork():
     assert talk.send(t="credit", id="b", max=9) == []
 
 
+@pytest.mark.parametrize("raised", [False, True])
+def test_credit_that_grew_while_the_request_was_on_its_way_is_granted(raised: bool):
+    talk = Talk()
+    talk.create("a", max=2, opened=False)
+    if raised:
+        talk.send(t="credit", id="a", max=9)
+    assert talk.session.opened(talk.keys["a"], "r", 3) == [GrantCredit(talk.keys["a"], 9 if raised else 2)]
+
+
+@pytest.mark.parametrize("how", ["cancel", "lost"])
+def test_what_was_ended_while_the_request_was_on_its_way_is_cancelled_once_it_is_there(how: str):
+    """The engine ignores a cancel of what it does not know yet."""
+    talk = Talk()
+    talk.create("a", opened=False, on_disconnect="cancel")
+    ended = talk.send(t="cancel", id="a") if how == "cancel" else talk.cut()
+    assert ended == [CancelStream(talk.keys["a"])]
+    assert talk.session.opened(talk.keys["a"], "r", 3) == [CancelStream(talk.keys["a"])]
+
+
 # -- away ---------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +395,7 @@ def test_a_fork_of_a_fork_counts_the_text_of_both():
     assert talk.fork("b", "c").fork.chars == len("one two ")
     talk.says("b", "three ")
     talk.take()
+    assert [len(talk.fork("b", name, at=at).fork.output) for name, at in (("x", 2), ("y", 3))] == [0, 1]
     assert talk.fork("b", "d", at=3).fork.chars == len("one two three ")
     assert talk.fork("b", "e", at=2).fork.chars == len("one two ")
     # After a prompt of its own, the text of its parents is not its own any more.

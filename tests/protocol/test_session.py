@@ -9,34 +9,19 @@ and goes on where it is, or asks for what nobody can give.
 from __future__ import annotations
 
 import math
-from collections import deque
 from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import invariant, rule
 
 from streamkv.errors import ContextLengthError, OverloadedError, StreamKVError
 from streamkv.protocol import messages as m
-from streamkv.protocol.outstream import OutStream
-from streamkv.protocol.session import Action, CancelStream, Close, GrantCredit, OpenStreams, Session, SessionLimits, SessionState
-from streamkv.text.events import Delta, Finished
-from tests.protocol.world import TIMINGS, Engine, Kept, Life, Run, check_fork
+from streamkv.protocol.session import CancelStream, Close, GrantCredit, OpenStreams
+from streamkv.text.events import Finished
+from tests.protocol.table import IDS, LIMITS, Table
+from tests.protocol.world import check_fork
 
-LIMITS = SessionLimits(
-    streams=3,
-    queue=3,
-    control=12,
-    flush_tokens=4,
-    flush_bytes=16,
-    heartbeat_s=5.0,
-    ring=12,
-    retained=4 * 5000,
-    grace_s=15.0,
-    resume_s=40.0,
-    stall_s=25.0,
-)
-IDS = ["a", "b", "c", "d", "e"]
 CREDITS = st.none() | st.sampled_from([0, 1, 3, 6, 20, m.MAX_CREDIT])
 NAMES = st.lists(st.sampled_from(IDS), min_size=1, max_size=4, unique=True)
 BAD_PARTS: list[dict[str, Any]] = [
@@ -64,69 +49,14 @@ NONSENSE = st.builds(
 MISTAKES = st.binary(max_size=40) | BAD_CREATES | NONSENSE
 
 
-def new_session(codec: m.Codec = m.CODECS["streamkv.v1.json"], limits: SessionLimits = LIMITS, now: float = 0.0) -> Session:
-    return Session(
-        codec,
-        limits,
-        session_id="s",
-        epoch="e",
-        server="t",
-        models=("fake",),
-        max_model_len=100,
-        now=now,
-    )
-
-
-class SessionMachine(RuleBasedStateMachine):
-    @initialize(codec=st.sampled_from(["json", "msgpack"]))
-    def begin(self, codec: str) -> None:
-        self.now = 1000.0
-        self.codec = m.CODECS[f"streamkv.v1.{codec}"]
-        self.start_afresh()
-
-    def start_afresh(self) -> None:
-        self.session = new_session(self.codec, now=self.now)
-        self.engine = Engine()
-        self.lives: dict[str, Life] = {}  # of each id the latest, until its client has its last frame
-        self.over: dict[str, Life] = {}  # whose last frame it has, for what comes again
-        self.by_key: dict[str, Life] = {}
-        # Errors to come, for ids that never lived, or have been forgotten; True = to a `resume`.
-        self.refusals: list[tuple[str, Life | None, bool]] = []
-        self.wire: deque[m.ServerMessage] = deque()
-        self.draining = False
-        self.expect_welcome(resumed=False)
-
-    def expect_welcome(self, *, resumed: bool) -> None:
-        assert self.session.next_due(self.now) == 0.0
-        welcome = self.session.next_message(self.now)
-        assert isinstance(welcome, m.Welcome)
-        assert (welcome.resumed, welcome.session, welcome.grace_s) == (resumed, "s", 15.0)
-
+class SessionMachine(Table):
     # -- connections ----------------------------------------------------------------------------------------------
-
-    @property
-    def connected(self) -> bool:
-        return self.session.attached
-
-    def can_send(self) -> bool:
-        """Not while the server does not read; over a new connection if the last one is gone."""
-        if not self.connected:
-            self.connect()
-        return not self.session.crowded
 
     @rule(codec=st.sampled_from(["json", "msgpack"]))
     def reconnect(self, codec: str) -> None:
         if not self.connected:
             self.codec = m.CODECS[f"streamkv.v1.{codec}"]
             self.connect()
-
-    def connect(self) -> None:
-        if self.session.closed:
-            self.start_afresh()
-            return
-        self.session.attach(self.codec, self.now)
-        self.draining = False
-        self.expect_welcome(resumed=True)
 
     @rule(data=st.data(), how=st.sampled_from(["cut", "cut", "bye", "cut", "close"]), rarely=st.integers(0, 2))
     def disconnect(self, data: st.DataObject, how: str, rarely: int) -> None:
@@ -159,30 +89,6 @@ class SessionMachine(RuleBasedStateMachine):
         if self.session.closed:
             self.check_closed()
 
-    def end_session(self, actions: list[Action]) -> None:
-        """It forgets everything; what still comes from the engine reaches nobody and breaks nothing."""
-        assert self.session.closed
-        self.carry_out([action for action in actions if not isinstance(action, Close)])
-        self.lives.clear()
-        self.wire.clear()
-        self.check_closed()
-
-    def check_closed(self) -> None:
-        session = self.session
-        for run in self.engine.runs.values():
-            known = run.cancelled or run.ended is not None
-            assert known == (run.opened or run.begun), f"{run} runs on for nobody"
-            if not run.opened:
-                assert session.opened(run.key, "r", 3, run.key) == [CancelStream(run.key)]
-            late = [Delta(run.key, run.made, 1, "late", (1,)), Finished(run.key, "cancelled", 1, 1, 0, TIMINGS)]
-            assert session.events(late, self.now) == []
-            assert session.refused((run.key,), OverloadedError("late")) == []
-            assert not session.wants((run.key,))
-        self.engine.runs.clear()
-        self.engine.saying.clear()
-        assert (session.num_streams, session.retained_bytes, session.next_tick()) == (0, 0, math.inf)
-        assert session.receive(b"{}", is_text=True, now=self.now) == []
-
     @rule(how=st.sampled_from(["drain", "hello", "opcode", "bye"]), rarely=st.integers(0, 15))
     def end(self, how: str, rarely: int) -> None:
         if rarely or len(self.lives) < 2 or not self.can_send():
@@ -198,51 +104,6 @@ class SessionMachine(RuleBasedStateMachine):
             self.end_session(actions)
 
     # -- the client -----------------------------------------------------------------------------------------------
-
-    def receive(self, data: bytes) -> list[Action]:
-        return self.session.receive(data, is_text=self.codec.text, now=self.now)
-
-    def send(self, message: dict[str, Any]) -> list[Action]:
-        actions = self.receive(self.codec.encode(message))
-        self.carry_out(actions)
-        return actions
-
-    def alive(self, life: Life | None) -> OutStream | None:
-        """The session's own record of it, looked at to know what should follow."""
-        stream = None if life is None else self.session._streams.get(life.id) or self.session._retained.get(life.id)
-        return stream if stream is not None and life is not None and stream.key == life.key else None
-
-    def runs(self, life: Life) -> bool:
-        """The engine works for it, as far as its session knows."""
-        return life.key in self.session._running
-
-    def new_lives(self, ids: list[str], credit: int | None, keeps: bool, base: int = 0) -> None:
-        credit = None if credit == m.MAX_CREDIT else credit
-        for number, stream_id in enumerate(ids, self.session._next_key):
-            life = Life(stream_id, base, credit, keeps, Kept(LIMITS.ring, base), key=f"{stream_id}#{number}")
-            life.since = self.now
-            self.lives[stream_id] = self.by_key[life.key] = life
-            self.over.pop(stream_id, None)
-
-    def may_be_made(self, ids: list[str]) -> bool:
-        """False if the session must refuse; then the errors are expected."""
-        if any(stream_id in self.session._streams for stream_id in ids):
-            return False  # a notice without an id
-        self.catch_up(ids)
-        too_many = self.session.num_streams + len(ids) > LIMITS.streams + LIMITS.queue or len(ids) > LIMITS.streams
-        if self.draining or too_many:
-            self.expect_refusals(ids)
-            return False
-        return True
-
-    def catch_up(self, ids: list[str]) -> None:
-        """A name is used again by a client that knows that it is free."""
-        if any(getattr(message, "id", None) in ids for message in self.wire):
-            self.write(1000, busy=False, seconds=0.0)
-            self.deliver(1000)
-
-    def expect_refusals(self, ids: list[str]) -> None:
-        self.refusals += [(stream_id, None, False) for stream_id in ids]
 
     @rule(ids=NAMES, several=st.booleans(), at_once=st.booleans(), credit=CREDITS, keeps=st.integers(0, 4))
     def create(self, ids: list[str], several: bool, at_once: bool, credit: int | None, keeps: int) -> None:
@@ -294,7 +155,9 @@ class SessionMachine(RuleBasedStateMachine):
         actions = self.receive(self.codec.encode(message))
         assert self.session._next_key - before == (len(ids) if made else 0)
         if made:
-            (fork,) = {id(wish.fork): wish.fork for wish in (*actions, *self.session._waiting) if self.is_ours(wish, ids)}.values()
+            (fork,) = {
+                id(wish.fork): wish.fork for wish in (*actions, *self.session._waiting) if self.is_ours(wish, ids)
+            }.values()
             check_fork(fork, family, run, where)
             for stream_id in ids:
                 self.lives[stream_id].chars = fork.chars
@@ -338,8 +201,7 @@ class SessionMachine(RuleBasedStateMachine):
         life = self.lives.get(stream_id)
         if life is None and stream_id in self.session._retained:
             # Once more, although its client has read the end.
-            life = self.lives[stream_id] = self.by_key[self.session._retained[stream_id].key]
-            life.away = True
+            life = self.by_key[self.session._retained[stream_id].key]
         offset = life.count if life is not None else 0
         if how == "stale" and life is not None:
             offset = data.draw(st.sampled_from(sorted(life.kept.borders)))
@@ -349,9 +211,9 @@ class SessionMachine(RuleBasedStateMachine):
         stream = self.session._streams.get(stream_id) or self.session._retained.get(stream_id)
         attached = stream is not None and stream.attached
         known = life is not None and self.alive(life) is not None
-        # What has never been sent, cut while nobody was there, has borders that only the session knows.
-        unsent = stream is not None and offset > (life.kept.end if known else 0)
-        granted = known and how != "epoch" and (offset in stream_borders(stream) if unsent else life.kept.has(offset))
+        if known and life.count < offset <= stream.num_tokens:
+            return  # who claims to have what it has not, loses it
+        granted = known and how != "epoch" and life.kept.has(offset)
         if how == "true" and life is not None and not known:
             assert life.excuse, f"{life} has been forgotten for no reason"
         if not granted and not attached:
@@ -359,9 +221,10 @@ class SessionMachine(RuleBasedStateMachine):
                 life.excuse = "resumed where that cannot be"
             self.refusals.append((stream_id, life if life is not None and life.excuse else None, True))
         if granted:
+            self.lives[stream_id] = life
             life.kept.confirmed(offset)
             if not attached:
-                life.away, life.since = True, self.now
+                life.since = self.now
             life.replaying = True
         before = self.session.num_streams
         self.send(message)
@@ -390,38 +253,13 @@ class SessionMachine(RuleBasedStateMachine):
             self.carry_out(actions)
             assert self.session.num_streams == before
 
-    # -- the session's wishes -------------------------------------------------------------------------------------
-
-    def carry_out(self, actions: list[Action]) -> None:
-        for action in actions:
-            if isinstance(action, OpenStreams):
-                assert self.session.wants(action.keys), "opens what it does not want"
-                self.engine.carry_out(action, self.by_key[action.keys[0]].base)
-            elif not isinstance(action, Close):
-                self.engine.carry_out(action)
-
     # -- the engine -----------------------------------------------------------------------------------------------
-
-    def unended(self, *, opened: bool | None = None) -> list[Run]:
-        return [run for run in self.engine.runs.values() if run.ended is None and (opened is None or run.opened is opened)]
 
     @rule(data=st.data())
     def open(self, data: st.DataObject) -> None:
         unopened = [run for run in self.engine.runs.values() if not run.opened]
         if unopened:
             self.open_group(data.draw(st.sampled_from(unopened)).group)
-
-    def open_group(self, group: tuple[str, ...]) -> None:
-        for key in group:
-            run = self.engine.run(key)
-            run.opened = True
-            actions = self.session.opened(key, "r", 3, key)
-            assert all(isinstance(action, (CancelStream, GrantCredit)) for action in actions)
-            if run.ended is None:
-                self.carry_out(actions)
-                stream = self.session._engine.get(key)
-                assert run.cancelled == (stream is None or stream.state.value == "cancelling" or stream.end is not None)
-            self.engine.answered(run)
 
     @rule(data=st.data(), error=st.sampled_from([OverloadedError("x"), ContextLengthError("y", param="prompt")]))
     def refuse(self, data: st.DataObject, error: StreamKVError) -> None:
@@ -461,7 +299,9 @@ class SessionMachine(RuleBasedStateMachine):
             said = data.draw(st.lists(st.tuples(kinds, st.integers(0, 6), st.booleans()), min_size=1, max_size=3))
             self.engine.produce(run, said)
             if data.draw(st.integers(0, 5)) == 0 or run.cancelled:
-                self.engine.finish(run, data.draw(st.sampled_from(["stop", "length", "error"])), data.draw(st.sampled_from(["", "tail"])))
+                self.engine.finish(
+                    run, data.draw(st.sampled_from(["stop", "length", "error"])), data.draw(st.sampled_from(["", "tail"]))
+                )
 
     @rule(count=st.integers(1, 100))
     def hear(self, count: int) -> None:
@@ -501,7 +341,9 @@ class SessionMachine(RuleBasedStateMachine):
             age = self.now - life.since
             if key not in known:
                 assert not stream.attached
-                assert age >= (LIMITS.resume_s if stream.end is not None else LIMITS.grace_s), f"{life} forgotten after {age}"
+                assert age > (LIMITS.resume_s if stream.end is not None else LIMITS.grace_s) - 1e-6, (
+                    f"{life} forgotten after {age}"
+                )
                 life.excuse = "too late"
             elif ends[key] is None and stream.end is not None:
                 run = self.engine.run(key)
@@ -526,120 +368,6 @@ class SessionMachine(RuleBasedStateMachine):
         if oldest is not None:
             self.by_key[oldest.key].excuse = "too much memory"
 
-    # -- the writer and the wire ----------------------------------------------------------------------------------
-
-    @rule(count=st.sampled_from([1, 2, 5, 100]), busy=st.booleans(), seconds=st.sampled_from([0.0, 0.03, 0.06, 6.0]))
-    def write(self, count: int, busy: bool, seconds: float) -> None:
-        self.now += seconds
-        for _ in range(count):
-            if not self.take(busy=busy):
-                break
-
-    def take(self, *, busy: bool = False) -> bool:
-        due = self.session.next_due(self.now, busy=busy)
-        ends = {stream_id: stream.end for stream_id, stream in self.session._streams.items()}
-        retained = list(self.session._retained)
-        message = self.session.next_message(self.now, busy=busy)
-        if message is None:
-            assert due is None or due > 0, "says that something is due and has nothing: the writer would spin"
-            return False
-        assert due == 0, "has a message and does not say so: the writer would sleep"
-        again = self.codec.decode_server(self.codec.encode(message))
-        assert type(again) is type(message)
-        self.note(message, ends, retained)
-        self.wire.append(message)
-        return True
-
-    def note(self, message: m.ServerMessage, ends: dict[str, Any], retained: list[str]) -> None:
-        """What the session has let go of with this message."""
-        stream_id = getattr(message, "id", None)
-        life = self.lives.get(stream_id) or self.over.get(stream_id)
-        if isinstance(message, m.Delta) and life is not None:
-            stream = self.session._streams[life.id]
-            chars = [chars for chunk, _, chars in stream.ring._chunks if chunk is message]
-            life.kept.sent(message, chars[0] if chars else -1)
-        if life is None or ends.get(stream_id) is not message:
-            return
-        for stream_id in retained:
-            if stream_id not in self.session._retained and stream_id in self.lives and stream_id not in self.session._streams:
-                self.lives[stream_id].excuse = "too much memory"
-        if self.session._retained.get(life.id) is None and life.id not in self.session._streams:
-            # Refused, cancelled while it waited, impatient, or larger than all that may be kept: its last frame goes once.
-            life.excuse = "not kept"
-        elif life.id in self.session._retained:
-            life.since = self.now
-
-    @rule(count=st.sampled_from([1, 3, 100]))
-    def deliver(self, count: int) -> None:
-        for _ in range(min(count, len(self.wire))):
-            self.read(self.wire.popleft())
-
-    def read(self, message: m.ServerMessage) -> None:
-        stream_id = getattr(message, "id", None)
-        life = self.lives.get(stream_id) or self.over.get(stream_id)
-        match message:
-            case m.Pong() | m.Drain():
-                pass
-            case _ if self.session.closed:
-                assert isinstance(message, (m.Error, m.Accepted, m.Resumed)), f"{message} after the end"
-            case m.Error(id=None):
-                assert message.code in ("invalid_request", "unknown_type", "stream_exists", "resume_gone")
-            case m.Error() if (refusal := self.refusal(message)) is not None:
-                self.refusals.remove(refusal)
-                if refusal[1] is not None and life is refusal[1]:
-                    self.lives.pop(stream_id, None)
-            case m.Error() if stream_id not in IDS:
-                assert message.code in ("invalid_request", "fork_gone", "resume_gone", "draining", "too_many_streams")
-            case m.Resumed():
-                assert life is not None
-                life.away, life.resumed = False, True
-            case m.Accepted():
-                assert life is not None
-                assert not life.accepted
-                life.accepted = True
-            case _:
-                assert life is not None, f"{message} for nobody"
-                assert not life.away, f"{message} for a stream that has not been resumed"
-                self.read_stream(life, message)
-
-    def refusal(self, error: m.Error) -> tuple[str, Life | None, bool] | None:
-        """What the error answers, if it is not the end of a stream."""
-        wanted = (error.id, error.code == "resume_gone")
-        return next((refusal for refusal in self.refusals if (refusal[0], refusal[2]) == wanted), None)
-
-    def read_stream(self, life: Life, message: Any) -> None:
-        match message:
-            case m.Status():
-                assert life.accepted or life.resumed or message.state == "queued"
-            case m.Prompt():
-                assert life.accepted or life.resumed
-                assert message.o <= 1 + life.prompt, "a part of the prompt is missing"
-                assert message.o == 1 + life.prompt or life.replaying
-                life.prompt = max(life.prompt, message.o - 1 + len(message.lp))
-            case m.Delta():
-                assert life.accepted or life.resumed
-                life.read(message)
-            case m.Done() | m.Error():
-                self.check_end(life, message)
-                self.over[life.id] = life
-                self.lives.pop(life.id, None)
-            case _:
-                raise AssertionError(f"unexpected {message}")
-
-    def check_end(self, life: Life, message: m.Done | m.Error) -> None:
-        if life.key not in self.engine.runs and life.key not in self.engine.past:
-            assert message.finish_reason == "cancelled", "ended without having run"
-            assert (message.o, life.text, life.accepted) == (life.base, "", False) or life.replaying
-            return
-        run = self.engine.run(life.key or "")
-        assert life.text == run.text, "not the text that the engine produced"
-        assert life.count == life.base + len(run.tokens)
-        assert life.prompt == run.prompt or run.ended in ("cancelled", "stalled")
-        if isinstance(message, m.Done):
-            assert (message.o, message.finish_reason) == (life.count, run.ended)
-        else:
-            assert message.code in (run.ended, "internal", "stalled_timeout")
-
     # -- always ---------------------------------------------------------------------------------------------------
 
     @invariant()
@@ -660,7 +388,7 @@ class SessionMachine(RuleBasedStateMachine):
         assert not session._waiting or len(session._running) + len(session._waiting[0].keys) > LIMITS.streams, "idle places"
         for stream in (*streams.values(), *retained.values()):
             assert stream.ring.bytes == sum(weight for _, weight, _ in stream.ring._chunks)
-            assert stream.ring.num_tokens <= LIMITS.ring + 6
+            assert stream.ring.num_tokens <= LIMITS.ring or stream.replay or not stream.attached
             assert len(stream.output) == stream.num_tokens - stream.base
 
     @invariant()
@@ -718,12 +446,6 @@ class SessionMachine(RuleBasedStateMachine):
             self.deliver(1000)
             if life.away and self.lives.get(stream_id) is life:
                 self.resume(None, stream_id, "true")  # type: ignore[arg-type]  # draws nothing
-
-
-def stream_borders(stream: OutStream) -> set[int]:
-    """Where a stream can be resumed that has something which was never sent."""
-    ends = {chunk.o + chunk.n for chunk, _, _ in stream.ring._chunks}
-    return ends | {stream.num_tokens}
 
 
 TestSessionMachine = SessionMachine.TestCase

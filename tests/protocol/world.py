@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from streamkv.protocol import messages as m
 from streamkv.protocol.session import CancelStream, ForkOf, GrantCredit, OpenStreams
@@ -41,7 +40,8 @@ class Kept:
         self.start = max(self.start, min(border for border in self.borders if self.end - border <= self.limit))
 
     def confirmed(self, ack: int) -> None:
-        self.start = max(self.start, max(border for border in self.borders if border <= max(self.base, ack)))
+        first = max(border for border in self.borders if border <= max(self.base, ack))
+        self.start = max(self.start, first)
 
     def has(self, offset: int) -> bool:
         return offset in self.borders and offset >= self.start

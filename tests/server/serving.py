@@ -175,7 +175,9 @@ async def serving(
     engine.start()
     try:
         async with TextStreams(engine, tokenizer) as streams:
-            server = Server(streams, replace(ServerConfig(port=0, limits=replace(limits or SessionLimits(), grace_s=grace_s)), **config))
+            server = Server(
+                streams, replace(ServerConfig(port=0, limits=replace(limits or SessionLimits(), grace_s=grace_s)), **config)
+            )
             async with server.listening(), aiohttp.ClientSession() as http:
                 yield Serving(server, streams, engine, tokenizer, http)
     finally:

@@ -456,3 +456,20 @@ def test_what_one_step_can_compute_is_never_refused_for_the_backlog():
     for _ in range(5):
         desk.admit(100)
     desk.refused(OverloadedError, tokens=100)
+
+
+def test_once_all_places_are_taken_they_are_what_people_wait_for():
+    """The prefill rate promised places that nobody left in time: most of what was let in came too late."""
+    desk = Desk(slo_ttft_s=5.0)
+    desk.admission._info = msgspec.structs.replace(desk.admission._info, max_num_seqs=2)
+    for _ in range(20):  # each is ten seconds in its place, so that a place comes free every five
+        (request_id,) = desk.admit(10)
+        desk.begin(request_id)
+        desk.now += 0.1
+        desk.first_token(request_id)
+        desk.now += 10.0
+        desk.finish(request_id)
+    for _ in range(2):
+        desk.admit(10)
+    after = desk.refused(OverloadedError, tokens=10)
+    assert after > 0

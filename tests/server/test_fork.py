@@ -51,7 +51,12 @@ class Home:
 
     async def fork(self, source: str, stream_id: str, at: int | None = None, **fields: Any) -> Said:
         await self.raw.send(
-            t="fork", id=stream_id, **{"from": source}, **({} if at is None else {"at": at}), body=fields.pop("body", {}), **fields
+            t="fork",
+            id=stream_id,
+            **{"from": source},
+            **({} if at is None else {"at": at}),
+            body=fields.pop("body", {}),
+            **fields,
         )
         return await self.said(stream_id)
 
@@ -204,8 +209,7 @@ async def test_forks_of_one_family_go_different_ways(home: Home):
     ids = [f"f{number}" for number in range(6)]
     await home.raw.send(t="fork", ids=ids, **{"from": "p"}, at=0, body={"temperature": 1.0})
     texts = [(await home.said(name)).text for name in ids]
-    for name in ("g", "h"):
-        texts.append((await home.fork("p", name, 0)).text)
+    texts += [(await home.fork("p", name, 0)).text for name in ("g", "h")]
     texts.append((await home.fork("f0", "i", 0)).text)
     assert len({parent.text, *texts}) == 1 + len(texts)
 

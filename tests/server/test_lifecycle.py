@@ -193,7 +193,7 @@ async def fill(raw: Raw, connection: Connection) -> None:
 
 
 async def test_who_never_reads_is_aborted_when_a_send_takes_too_long():
-    async with serving(send_timeout_s=0.1) as served, served.raw() as other:
+    async with serving(send_timeout_s=0.5) as served, served.raw() as other:
         served.engine.hold = 3
         await other.create("o", "abc", max_tokens=6)
         async with deaf(served) as (raw, connection):
