@@ -183,7 +183,7 @@ async def fill(raw: Raw, connection: Connection) -> None:
 
     async def ask() -> None:
         while True:
-            # The answer is four times as long as the question: the kernel stops taking a deaf client's frames, too, after a while.
+            # The answer is four times as long as the question: after a while the kernel stops taking a deaf client's frames, too.
             await raw.send(t="cancel", id="")
             await asyncio.sleep(0)
 
