@@ -43,7 +43,8 @@ def main() -> int:
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=work)
         away = work / "away"
         shutil.copytree(ROOT / "tests", away / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "README.md", away)  # a test reads it when it is collected
+        for name in ("README.md", "compose.yaml"):  # tests read them when they are collected
+            shutil.copy(ROOT / name, away)
         shutil.copytree(ROOT / "docs", away / "docs")
         (away / "pytest.ini").write_text(
             "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
