@@ -18,7 +18,6 @@ __all__ = ["ChatTemplate"]
 
 _MAX_SOURCE: Final = 256 * 1024
 _MAX_INDENT: Final = 16
-_MAX_LOGGED: Final = 500
 _MAX_TIME_FORMAT: Final = 100
 
 _PROBE: Final = "streamkv_probe"
@@ -118,7 +117,7 @@ class ChatTemplate:
         except _RefusedError as error:
             raise InvalidRequestError(f"the model's chat template refuses: {error}", param="messages") from error
         except Exception as error:  # whatever a template does, it must stay this request's problem
-            log.warning("chat_template_failed", error=repr(error)[:_MAX_LOGGED])
+            log.warning("chat_template_failed", error=type(error).__name__)  # its words may be those of a message
             raise InvalidRequestError("the model's chat template cannot render these messages", param="messages") from error
 
     def _render(self, **names: Any) -> str:
