@@ -1,7 +1,8 @@
 """Before any handler: whose request is this, and may it come in. Default-deny by route object, never by path.
 
 What comes back when something is refused, or goes wrong, is one of a closed set of sentences: nothing of the server's
-inside gets out. Bodies are read here, bounded in size and time, so that no handler ever waits for a slow client.
+inside gets out. Every answer names its request, and so does the log's line of one that failed. Bodies are read here, bounded
+in size and time, so that no handler ever waits for a slow client.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from streamkv.server.config import ServerConfig, is_loopback
 from streamkv.server.keys import KeyStore
 from streamkv.server.limits import Places, network_of
 from streamkv.server.principal import ANONYMOUS, OPERATOR, Principal, is_known, principal_of, set_principal
+from streamkv.server.request_id import REQUEST_ID, log_failed, request_id
 from streamkv.server.routes import Access, error_response, status_of
 from streamkv.server.tickets import TICKET_S
 
@@ -84,11 +86,14 @@ class Guard:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse, or say who is asking and go on."""
         try:
-            return await self._answer(request, handler)
+            response = await self._answer(request, handler)
         except Exception as error:
             if request.writer.output_size > 0:
                 raise  # an answer has begun, nothing else can be said: the connection ends
-            return _failure(request, error)
+            response = _failure(request, error)
+        if response.status >= 400:
+            log_failed(request, response)
+        return response
 
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.version not in _VERSIONS:  # the parser takes a line without any for one of version 0.9
@@ -147,12 +152,13 @@ class Guard:
         """Headers of every answer; aiohttp calls it before the first byte."""
         response.headers[hdrs.SERVER] = "streamkv"
         response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers[REQUEST_ID] = request_id(request)
         origin = request.headers.get(hdrs.ORIGIN)
         if self._config.allowed_origins:
             response.headers.add(hdrs.VARY, hdrs.ORIGIN)
         if origin in self._config.allowed_origins:
             response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = "Retry-After, X-Request-Id"
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = f"{hdrs.RETRY_AFTER}, {REQUEST_ID}"
 
     async def _read_body(self, request: web.Request) -> web.Response | None:
         """Leave the body in the request; None if it is one."""
@@ -288,7 +294,7 @@ def _failure(request: web.Request, error: Exception) -> web.Response:
         return error_response(error.status, sentence, code=code)
     if isinstance(error, web.RequestPayloadError | ConnectionError):
         return _closing(error_response(400, "the body ended early or is malformed"))
-    log.error("handler_failed", method=request.method, peer=request.remote, exc_info=error)
+    log.error("handler_failed", rid=request_id(request), method=request.method, peer=request.remote, exc_info=error)
     return error_response(500, "the server failed on this request; its log says why", code="internal")
 
 

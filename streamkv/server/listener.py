@@ -21,6 +21,7 @@ from aiohttp.typedefs import Handler
 
 from streamkv.errors import ConfigError
 from streamkv.server.config import HttpLimits, ServerConfig
+from streamkv.server.request_id import REQUEST_ID, log_failed, request_id
 from streamkv.server.routes import error_response
 
 __all__ = ["Connections", "Listener", "tls_context"]
@@ -87,19 +88,30 @@ class _Handler(web.RequestHandler):
         self.connections.spoke(self)
         super().connection_lost(exc)
 
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """What aiohttp itself refuses before the guard is asked (an `Expect` that it does not know) has its form as well."""
+        if isinstance(resp, web.HTTPException):
+            resp = self.handle_error(request, resp.status)
+        return await super().finish_response(request, resp, start_time)
+
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
         """The answer to a head that cannot be parsed, or to a handler that failed where the guard could not see it."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun already")
+        rid = request_id(request)
         if status >= 500:
-            log.error("request_failed", peer=request.remote, exc_info=exc)
+            log.error("handler_failed", rid=rid, exc_info=exc)
             response = error_response(status, "the server failed on this request; its log says why", code="internal")
         else:
             response = error_response(status, "this is not a request that HTTP allows, or it is too large")
         response.headers[hdrs.SERVER] = "streamkv"
+        response.headers[REQUEST_ID] = rid
         response.force_close()
+        log_failed(request, response)
         return response
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final, Protocol
 
 from aiohttp import web
 
 from streamkv.errors import StreamKVError
 
-__all__ = ["Access", "Door", "Handler", "Route", "error_response"]
+__all__ = ["ERROR_CODE", "Access", "Door", "Handler", "Route", "error_response"]
+
+ERROR_CODE: Final = web.ResponseKey("error_code", str)
+"""On an answer that is an error: its code, for the log."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -66,7 +69,9 @@ def error_response(
     """An error in OpenAI's form; `code` is one of the protocol's."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    return web.json_response(body, status=status, headers=headers)
+    response = web.json_response(body, status=status, headers=headers)
+    response[ERROR_CODE] = code
+    return response
 
 
 def status_of(error: StreamKVError) -> int:

@@ -11,10 +11,10 @@ from aiohttp import web
 
 from streamkv.errors import ConfigError
 from streamkv.server.app import Server
-from streamkv.server.config import ServerConfig
+from streamkv.server.config import HttpLimits, ServerConfig
 from streamkv.server.routes import Access, Route
 from tests.server.serving import Serving, serving
-from tests.server.wire import KEYS, Answer, ask, bearer, keyed
+from tests.server.wire import KEYS, Answer, ask, bearer, exchange, keyed
 
 PUBLIC = {"/health", "/ready"}
 PAGES = re.compile(r"/(assets/.*|favicon\.ico)?")  # of the page, once there is one
@@ -230,14 +230,8 @@ async def test_r_host_two_hosts_or_none_are_refused():
     """R-HOST."""
     async with serving() as served:
         assert (await ask(served, "GET", "/v1/kv/map", [("Host", "evil.example")])).status in (400, 403)
-        answer = Answer.parse(await _raw(served, b"GET /v1/kv/map HTTP/1.0\r\n\r\n"))
+        answer = Answer.parse(await exchange(served.server.port, b"GET /v1/kv/map HTTP/1.0\r\n\r\n"))
         assert answer.status == 403
-
-
-async def _raw(served: Serving, data: bytes) -> bytes:
-    from tests.server.wire import exchange
-
-    return await exchange(served.server.port, data)
 
 
 @pytest.mark.parametrize(
@@ -373,3 +367,84 @@ async def test_a_handler_that_fails_says_nothing_about_it(monkeypatch: pytest.Mo
         assert b"error" not in answer.body  # an answer in an answer would be a lie
         answer = await ask(served, "GET", "/teapot")
         assert (answer.status, b"secret" in answer.body) == (400, False)
+
+
+# -- the name of a request ---------------------------------------------------------------------------------------------
+
+
+def lines_of(capfd: pytest.CaptureFixture[str], rid: str) -> list[str]:
+    return [line for line in "".join(capfd.readouterr()).splitlines() if rid in line]
+
+
+async def test_every_answer_names_its_request_and_so_does_the_log_of_every_refusal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Every route, asked as nobody, as a stranger, as a tenant and as an administrator; known methods and others."""
+    async with keyed(tmp_path) as served:
+        statuses = set()
+        for number, (method, path, _) in enumerate(every_route(served.server)):
+            for who in ({}, {"Authorization": "Bearer " + "x" * 20}, bearer("acme"), bearer("boss")):
+                for asked in (method, "PROPFIND"):
+                    rid = f"mine-{number}.{len(statuses)}"
+                    answer = await knock(served, asked, path, who | {"X-Request-Id": rid})
+                    statuses.add(answer.status)
+                    assert answer.header("X-Request-Id") == rid, (asked, path, answer)
+                    lines = lines_of(capfd, rid)
+                    assert len(lines) == (answer.status >= 400), (asked, path, answer, lines)
+                    assert all(str(answer.status) in line and answer.code in line for line in lines if answer.body)
+        assert statuses >= {200, 400, 401, 403, 404, 405, 426}
+
+
+REFUSALS: list[tuple[int, str, str, list[tuple[str, str]], bytes | None]] = [
+    (401, "POST", "/v1/completions", [], b"{}"),
+    (403, "GET", "/v1/models", [("Origin", "https://evil.example")], None),
+    (403, "GET", "/v1/models", [("Host", "x/?")], None),
+    (403, "GET", "/metrics", [*bearer("acme").items()], None),
+    (404, "GET", "/nothing", [], None),
+    (405, "DELETE", "/v1/models", [], None),
+    (405, "OPTIONS", "/v1/models", [("Origin", "https://evil.example")], None),
+    (408, "POST", "/tokenize", [*bearer("acme").items(), ("Content-Length", "5"), ("Content-Type", "application/json")], None),
+    (413, "POST", "/tokenize", [*bearer("acme").items()], b" " * (2 << 20)),
+    (415, "POST", "/tokenize", [*bearer("acme").items(), ("Content-Type", "text/plain")], b"{}"),
+    (415, "POST", "/tokenize", [*bearer("acme").items(), ("Content-Encoding", "br")], b"{}"),
+    (417, "GET", "/nothing", [("Expect", "a secret")], None),
+    (417, "GET", "/v1/models", [("Expect", "a secret")], None),
+    (429, "GET", "/v1/stream", WEBSOCKET, None),
+]
+
+
+@pytest.mark.parametrize(("status", "method", "path", "headers", "body"), REFUSALS, ids=lambda value: str(value)[:24])
+async def test_what_is_refused_before_a_handler_has_a_name_too(
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    status: int,
+    method: str,
+    path: str,
+    headers: list[tuple[str, str]],
+    body: bytes | None,
+):
+    """Each kind of the guard's and the listener's own refusals."""
+    http = HttpLimits(body_s=0.05)
+    async with keyed(tmp_path, http=http, max_unauthenticated=0 if status == 429 else 1) as served:
+        host = dict(headers).get("Host")
+        headers = [(name, value) for name, value in headers if name != "Host"]
+        for given in ("mine-1", "not one to be logged", ""):
+            answer = await ask(served, method, path, [*headers, ("X-Request-Id", given)], body, host=host)
+            assert answer.status == status
+            assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+            assert b"secret" not in answer.body, "the client's own words"
+            rid = answer.header("X-Request-Id")
+            assert rid == given if given == "mine-1" else re.fullmatch(r"[0-9a-f]{24}", rid or "")
+            (line,) = lines_of(capfd, rid)
+            assert "request_failed" in line
+            assert str(status) in line
+            assert path not in line
+
+
+async def test_what_is_not_http_has_a_name_too(capfd: pytest.CaptureFixture[str]):
+    async with serving() as served:
+        for data in (b"GET /health HTTP/1.1\nHost: x\n\n", b"GET /health\r\nHost: x\r\n\r\n", b"\x16\x03\x01\r\n\r\n"):
+            answer = Answer.parse(await exchange(served.server.port, data))
+            assert answer.status == 400
+            (line,) = lines_of(capfd, answer.header("X-Request-Id") or "none")
+            assert "request_failed" in line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import msgspec
 import structlog
@@ -28,19 +28,17 @@ from streamkv.server.openai.requests import (
     EmbeddingRequest,
     check_generation,
     read_body,
-    request_id,
 )
 from streamkv.server.openai.sse import Timing, send_whole
 from streamkv.server.openai.tokenize import DetokenizeRequest, TokenizeRequest, Tokenizing
 from streamkv.server.principal import principal_of
+from streamkv.server.request_id import request_id
 from streamkv.server.routes import Access, Handler, Route
 from streamkv.text.streams import TextStreams
 
 __all__ = ["OpenAIDoor"]
 
 log = structlog.get_logger(__name__)
-
-_Handler = Callable[[web.Request, str], Awaitable[web.StreamResponse]]
 
 
 class OpenAIDoor:
@@ -69,14 +67,14 @@ class OpenAIDoor:
 
     def routes(self) -> list[Route]:
         """All of them need a key."""
-        posts: dict[str, _Handler] = {
+        posts: dict[str, Handler] = {
             "/v1/chat/completions": self._chat,
             "/v1/completions": self._completions,
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
         }
-        gets: dict[str, _Handler] = {
+        gets: dict[str, Handler] = {
             "/v1/models": self._models,
             "/v1/models/{model:.+}": self._model,
             "/openapi.json": self._openapi,
@@ -85,14 +83,13 @@ class OpenAIDoor:
             Route("GET", path, self._counted(handler), Access.CLIENT) for path, handler in gets.items()
         ]
 
-    def _counted(self, handler: _Handler) -> Handler:
-        """Counts as work until the last byte is on its way; every answer names the request."""
+    def _counted(self, handler: Handler) -> Handler:
+        """Counts as work until the last byte is on its way."""
 
         async def answer(request: web.Request) -> web.StreamResponse:
-            rid = request_id(request)
             self._active += 1
             try:
-                response = await self._answer(request, rid, handler)
+                response = await self._answer(request, handler)
                 if isinstance(response, web.Response) and not response.prepared:
                     await send_whole(request, response, self._timing.send_timeout_s)
             finally:
@@ -102,22 +99,21 @@ class OpenAIDoor:
 
         return answer
 
-    async def _answer(self, request: web.Request, rid: str, handler: _Handler) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             if request.method == "POST":
                 self._admit()
-            return await handler(request, rid)
+            return await handler(request)
         except StreamKVError as error:
-            return self._refusal(error, rid)
+            return self._refusal(error)
         except ConnectionError:
             raise
         except Exception:
-            log.exception("request_failed", rid=rid)
-            return self._refusal(StreamKVError("the server failed on this request; its log says why"), rid)
+            log.exception("handler_failed", rid=request_id(request))
+            return self._refusal(StreamKVError("the server failed on this request; its log says why"))
 
-    def _refusal(self, error: StreamKVError, rid: str) -> web.Response:
+    def _refusal(self, error: StreamKVError) -> web.Response:
         response = error_of(error)
-        response.headers["X-Request-Id"] = rid
         if self._draining:
             response.force_close()  # its next request belongs to another server
         return response
@@ -130,43 +126,42 @@ class OpenAIDoor:
 
     # -- routes ---------------------------------------------------------------------------------------------------
 
-    async def _chat(self, request: web.Request, rid: str) -> web.StreamResponse:
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
         given = await read_body(request, ChatCompletionRequest)
-        return await self._generate(request, rid, given, f"chatcmpl-{secrets.token_hex(12)}", ChatAnswer)
+        return await self._generate(request, given, f"chatcmpl-{secrets.token_hex(12)}", ChatAnswer)
 
-    async def _completions(self, request: web.Request, rid: str) -> web.StreamResponse:
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
         given = await read_body(request, CompletionRequest)
-        return await self._generate(request, rid, given, f"cmpl-{secrets.token_hex(12)}", CompletionAnswer)
+        return await self._generate(request, given, f"cmpl-{secrets.token_hex(12)}", CompletionAnswer)
 
     async def _generate(
         self,
         request: web.Request,
-        rid: str,
         given: ChatCompletionRequest | CompletionRequest,
         ident: str,
         dialect: Callable[[AnswerContext], Answer],
     ) -> web.StreamResponse:
         wish = check_generation(request, given, self._info)
-        return await self._generating.answer(request, rid, wish, ident, dialect)
+        return await self._generating.answer(request, wish, ident, dialect)
 
-    async def _embeddings(self, request: web.Request, rid: str) -> web.StreamResponse:
+    async def _embeddings(self, request: web.Request) -> web.StreamResponse:
         given = await read_body(request, EmbeddingRequest)
-        return json_response(await embed(self.work, f"embd-{secrets.token_hex(12)}", given, principal_of(request)), rid)
+        return json_response(await embed(self.work, f"embd-{secrets.token_hex(12)}", given, principal_of(request)))
 
-    async def _tokenize(self, request: web.Request, rid: str) -> web.StreamResponse:
-        return json_response(await self._tokenizing.tokenize(await read_body(request, TokenizeRequest)), rid)
+    async def _tokenize(self, request: web.Request) -> web.StreamResponse:
+        return json_response(await self._tokenizing.tokenize(await read_body(request, TokenizeRequest)))
 
-    async def _detokenize(self, request: web.Request, rid: str) -> web.StreamResponse:
-        return json_response(await self._tokenizing.detokenize(await read_body(request, DetokenizeRequest)), rid)
+    async def _detokenize(self, request: web.Request) -> web.StreamResponse:
+        return json_response(await self._tokenizing.detokenize(await read_body(request, DetokenizeRequest)))
 
-    async def _models(self, _request: web.Request, rid: str) -> web.StreamResponse:
-        return json_response(models(self._info, self._created), rid)
+    async def _models(self, _request: web.Request) -> web.StreamResponse:
+        return json_response(models(self._info, self._created))
 
-    async def _model(self, request: web.Request, rid: str) -> web.StreamResponse:
-        return json_response(model(self._info, self._created, request.match_info["model"]), rid)
+    async def _model(self, request: web.Request) -> web.StreamResponse:
+        return json_response(model(self._info, self._created, request.match_info["model"]))
 
-    async def _openapi(self, _request: web.Request, rid: str) -> web.StreamResponse:
-        return web.Response(body=msgspec.json.encode(document()), content_type="application/json", headers={"X-Request-Id": rid})
+    async def _openapi(self, _request: web.Request) -> web.StreamResponse:
+        return web.Response(body=msgspec.json.encode(document()), content_type="application/json")
 
     # -- shutdown -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from streamkv.server.openai.names import TokenNames
 from streamkv.server.openai.requests import GenerationRequest
 from streamkv.server.openai.sse import DONE, EventStream, Timing, abort, event
 from streamkv.server.report import check_report
+from streamkv.server.request_id import request_id
 from streamkv.text.events import Finished
 
 __all__ = ["Generating", "json_response"]
@@ -29,9 +30,9 @@ log = structlog.get_logger(__name__)
 _encode = msgspec.json.Encoder().encode
 
 
-def json_response(body: msgspec.Struct, rid: str) -> web.Response:
+def json_response(body: msgspec.Struct) -> web.Response:
     """A whole answer."""
-    return web.Response(body=_encode(body), content_type="application/json", headers={"X-Request-Id": rid})
+    return web.Response(body=_encode(body), content_type="application/json")
 
 
 class Generating:
@@ -49,7 +50,7 @@ class Generating:
         self._names = TokenNames(work.streams.tokenizer)
 
     async def answer(
-        self, request: web.Request, rid: str, wish: GenerationRequest, ident: str, dialect: Callable[[AnswerContext], Answer]
+        self, request: web.Request, wish: GenerationRequest, ident: str, dialect: Callable[[AnswerContext], Answer]
     ) -> web.StreamResponse:
         """Generate. Until the first byte is out, errors are raised; later they are events.
 
@@ -59,7 +60,7 @@ class Generating:
         Raises:
             StreamKVError: it cannot be served.
         """
-        body, streams = wish.body, self._work.streams
+        rid, body, streams = request_id(request), wish.body, self._work.streams
         prepared = await streams.prepare(body.prompt, body.params, is_chat=body.is_chat, tools=body.tools)
         check_report(prepared)
         limit = self._max_waiting if wish.stream else MAX_ANSWER
@@ -84,19 +85,18 @@ class Generating:
             await generation.open(prepared, wish.principal, priority=wish.priority, salt=wish.salt)
             log.info("request_opened", rid=rid, id=ident, samples=body.params.n, prompt_tokens=len(prepared.token_ids))
             if wish.stream:
-                return await self._stream(request, rid, generation, dialect(context), body.params.n)
+                return await self._stream(request, generation, dialect(context), body.params.n)
             await generation.ended.wait()
             pieces = list(generation.take())
             if generation.failure is not None:
                 raise generation.failure
             for piece in pieces:
                 _log_end(rid, ident, piece.finished)
-            return json_response(dialect(context).whole(pieces), rid)
+            return json_response(dialect(context).whole(pieces))
 
-    async def _stream(
-        self, request: web.Request, rid: str, generation: Generation, answer: Answer, running: int
-    ) -> web.StreamResponse:
-        events = EventStream(request, {"X-Request-Id": rid}, generation.arrived, self._timing)
+    async def _stream(self, request: web.Request, generation: Generation, answer: Answer, running: int) -> web.StreamResponse:
+        rid = request_id(request)
+        events = EventStream(request, generation.arrived, self._timing)
         try:
             await events.start()
             while running:

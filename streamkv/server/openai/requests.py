@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import secrets
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
@@ -26,13 +24,10 @@ __all__ = [
     "check_generation",
     "check_priority",
     "read_body",
-    "request_id",
 ]
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's `max_tokens` of a text completion that says nothing."""
-
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9_.:\-]{1,128}")
 
 T = TypeVar("T")
 
@@ -82,12 +77,6 @@ class GenerationRequest:
     priority: int
     principal: Principal
     salt: str
-
-
-def request_id(request: web.Request) -> str:
-    """The client's own `X-Request-Id` if it is one that can be echoed and logged, else a new one."""
-    given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
 
 
 async def read_body(request: web.Request, kind: type[T]) -> T:

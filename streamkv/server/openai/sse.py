@@ -66,14 +66,14 @@ def event(data: bytes) -> bytes:
 class EventStream:
     """An event stream to one client."""
 
-    def __init__(self, request: web.Request, headers: dict[str, str], wake: asyncio.Event, timing: Timing) -> None:
+    def __init__(self, request: web.Request, wake: asyncio.Event, timing: Timing) -> None:
         """Nothing is sent before `start`.
 
         Args:
             wake: set when it is time for a sign of life; then call `send` with what there is, even if that is nothing.
         """
         self._request = request
-        self.response = web.StreamResponse(headers=_HEADERS | headers)
+        self.response = web.StreamResponse(headers=_HEADERS)
         self._wake = wake
         self._timing = timing
         self._sent_at = timing.clock()
