@@ -11,78 +11,30 @@ output, and in float32 a sequence's result does not depend on what is batched be
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  # the name everybody knows
 
 from streamkv.attention import KVSpec, LayerSpec, Limits, StepTensors
 from streamkv.errors import BackendError
+from streamkv_backends.tensor_pool import TensorPool
 
 __all__ = ["TorchBackend", "TorchKVPool", "TorchMetadata"]
 
 
-class TorchKVPool:
+class TorchKVPool(TensorPool):
     """All blocks, one tensor a layer."""
 
     def __init__(self, spec: KVSpec, device: torch.device) -> None:
-        self._spec = spec
-        self._device = device
-        try:
-            self._layers = [
-                _zeros((2, spec.num_blocks, spec.block_size, layer.num_kv_heads, layer.head_dim), spec.dtype, device)
-                for layer in spec.layers
-            ]
-        except (RuntimeError, MemoryError) as error:
-            size = spec.num_blocks * spec.bytes_per_block
-            raise BackendError(
-                f"{size / 2**30:.1f} GiB for {spec.num_blocks} KV blocks cannot be allocated; ask for less"
-            ) from error
-        self._flat = [tensor.flatten(1, 2) for tensor in self._layers]  # [2, num_slots, num_kv_heads, head_dim]
-
-    @property
-    def spec(self) -> KVSpec:
-        """What was allocated."""
-        return self._spec
+        """[2, num_blocks, block_size, num_kv_heads, head_dim] a layer."""
+        shapes = [(2, spec.num_blocks, spec.block_size, layer.num_kv_heads, layer.head_dim) for layer in spec.layers]
+        super().__init__(spec, device, shapes, block_dim=1)
+        self._flat = [tensor.flatten(1, 2) for tensor in self.layers]  # [2, num_slots, num_kv_heads, head_dim]
 
     def slots(self, layer: int) -> torch.Tensor:
         """[2, num_blocks * block_size, num_kv_heads, head_dim]: keys and values of a layer, by slot."""
         return self._flat[layer]
-
-    def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy whole blocks; indexing gathers all sources before the assignment writes."""
-        if not pairs:
-            return
-        sources, targets = self._index([source for source, _ in pairs]), self._index([target for _, target in pairs])
-        for tensor in self._layers:
-            tensor[:, targets] = tensor[:, sources]
-
-    def read(self, block_ids: list[int]) -> torch.Tensor:
-        """[len(block_ids), num_bytes] uint8 on the CPU: layer after layer, keys then values."""
-        index = self._index(block_ids)
-        parts = [tensor[:, index].transpose(0, 1).flatten(1).contiguous().view(torch.uint8) for tensor in self._layers]
-        return torch.cat(parts, dim=1).cpu()
-
-    def write(self, block_ids: list[int], data: torch.Tensor) -> None:
-        """Inverse of `read`."""
-        index, start = self._index(block_ids), 0
-        for tensor in self._layers:
-            shape = (len(block_ids), 2, *tensor.shape[2:])
-            width = 2 * tensor[0, 0].numel() * tensor.element_size()
-            part = data[:, start : start + width].contiguous().view(tensor.dtype).reshape(shape)
-            tensor[:, index] = part.transpose(0, 1).to(self._device)
-            start += width
-
-    def fill(self, block_ids: list[int], value: float) -> None:
-        """Fill whole blocks with one value."""
-        index = self._index(block_ids)
-        for tensor in self._layers:
-            tensor[:, index] = value
-
-    def _index(self, block_ids: list[int]) -> torch.Tensor:
-        return torch.tensor(block_ids, dtype=torch.long, device=self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,13 +221,6 @@ def _explicit(
         scores = torch.cat([scores, extra], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :context]
     return (weights @ values).transpose(0, 1)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros that cost no time on the CPU: numpy asks the system for zeroed pages, torch would write every byte."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def _mask(context: int, new: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

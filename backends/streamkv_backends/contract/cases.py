@@ -65,6 +65,11 @@ WORKLOADS: Final = {
     "chunks and decodes mixed": Workload(((6, 20, 1, 0), (1, 13, 1, 9), (1, 1, 1, 30), (7, 0, 16, 1), (1, 2, 0, 1))),
     "long context": Workload(((260, 3), (255, 1), (1, 1), (1, 0))),
     "shared blocks": Workload(((37, 0, 0, 4), (1, 1, 9, 0), (1, 3, 1, 1)), forks=((1, 0, 1), (1, 0, 2))),
+    # Long enough for kernels that read a shared prefix once for all, or split one long sequence between threads.
+    "long shared prefix": Workload(
+        ((300, 0, 0, 0, 7), (1, 1, 1, 40, 1), (1, 1, 0, 1, 1), (1, 1, 1, 1, 1)), forks=((1, 0, 1), (1, 0, 2), (1, 0, 3))
+    ),
+    "one long sequence": Workload(((700,), (1,), (30,), (1,))),
     "read and written back": Workload(((35, 9, 16), (1, 0, 1), (1, 5, 1)), moves=((1, 0), (2, 1))),
     "beside a fault": Workload(((9, 5, 20), (1, 2, 1), (3, 1, 1)), faulty=(1,)),
     "padded": Workload(((5, 1, 18), (1, 1, 1), (1, 1, 1)), padding_sequences=2, padding_rows=3),
@@ -115,6 +120,7 @@ def _all(limits: Limits) -> Iterator[Case]:
         for name, layers in _layer_tables(usual_dim).items():
             yield _case(dtype, usual_size, MIXED, name, layers)
             yield _case(dtype, usual_size, "decode", name, layers)
+            yield _case(dtype, usual_size, "long shared prefix", name, layers)
         for head_dim in head_dims:
             for block_size in block_sizes:
                 yield _case(dtype, block_size, MIXED, "plain", (_layer(head_dim),) * 2)

@@ -1,0 +1,84 @@
+"""The kernels' library as Python sees it: structs and signatures, mirrors of `kernels/*.h`.
+
+torch is imported first: the library then runs on torch's own OpenMP team, and the number of threads is torch's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch  # noqa: F401  # see above: before the library
+
+from streamkv.errors import BackendError
+from streamkv_backends.cpu.build import detect, find_or_build
+
+__all__ = ["Call", "Shape", "Step", "library", "load"]
+
+
+class Step(ctypes.Structure):
+    """One step's packed batch (`attention.h`)."""
+
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in ("num_seqs", "num_tokens", "max_blocks", "block_size")),
+        *((name, c_void_p) for name in ("query_start", "seq_lens", "block_tables", "slots")),
+    ]
+
+
+class Shape(ctypes.Structure):
+    """A layer's attention facts."""
+
+    _fields_: ClassVar = [
+        *((name, c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
+        ("scale", c_float),
+        ("soft_cap", c_float),
+    ]
+
+
+class Call(ctypes.Structure):
+    """A layer's tensors; strides in elements."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("pool", "query", "key", "value")),
+        *((f"{name}_{axis}", c_int64) for name in ("query", "key", "value") for axis in ("token", "head")),
+        ("sinks", c_void_p),
+        ("out", c_void_p),
+        ("is_float", c_int32),
+    ]
+
+
+_SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
+    "skv_plan": (c_void_p, (POINTER(Step), POINTER(Shape))),
+    "skv_plan_free": (None, (c_void_p,)),
+    "skv_plan_kinds": (None, (c_void_p, c_void_p)),
+    "skv_attend": (None, (c_void_p, c_void_p)),
+}
+
+
+@lru_cache(maxsize=1)
+def library() -> Any:
+    """The library for this machine, compiled the first time.
+
+    Raises:
+        BackendError: it cannot be had here; one sentence says why.
+    """
+    return load(find_or_build(detect()))
+
+
+def load(path: Path) -> Any:
+    """Load a library and give its functions their types.
+
+    Raises:
+        BackendError: the system's loader refuses it.
+    """
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(f"{path.name} cannot be loaded ({error}); delete it, or use --backend torch") from error
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, list(arguments)
+    return loaded
