@@ -27,7 +27,7 @@ from benchmarks.report import print_setting, print_table
 from benchmarks.timed import VOCAB as TOKENIZER_VOCAB
 from benchmarks.workloads import make_tokenizer
 from streamkv.logs import configure_logs
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
 from streamkv.text.streams import TextStreams

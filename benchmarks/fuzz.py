@@ -31,7 +31,7 @@ from streamkv.client import connect
 from streamkv.engine.api import EngineRequest
 from streamkv.engine.fake import FakeEngine, fake_info
 from streamkv.protocol import messages as m
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.sampling_params import Sampling
 from streamkv.server.config import ServerConfig
 

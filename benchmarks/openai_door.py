@@ -30,7 +30,7 @@ from benchmarks.workloads import make_tokenizer
 from streamkv.engine.fake import FakeEngine, fake_info
 from streamkv.logs import configure_logs
 from streamkv.protocol import messages as m
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.sampling_params import SamplingParams
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig

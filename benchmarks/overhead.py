@@ -28,7 +28,7 @@ from streamkv.engine.build import build_engine
 from streamkv.engine.config import EngineConfig
 from streamkv.engine.thread import use_short_switch_interval
 from streamkv.logs import configure_logs
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.sampling_params import Sampling
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig

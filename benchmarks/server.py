@@ -33,7 +33,7 @@ from streamkv.engine.fake import FakeEngine, fake_info
 from streamkv.logs import configure_logs
 from streamkv.observe.lag import LoopLag
 from streamkv.protocol import messages as m
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
 from streamkv.text.streams import TextStreams

@@ -14,6 +14,7 @@ __all__ = [
     "ContextLengthError",
     "DrainingError",
     "EngineError",
+    "ForkGoneError",
     "InvalidRequestError",
     "KVCapacityError",
     "ModelLoadError",
@@ -22,6 +23,7 @@ __all__ = [
     "OverloadedError",
     "RateLimitedError",
     "StreamKVError",
+    "TooManyStreamsError",
     "UnauthorizedError",
 ]
 
@@ -96,6 +98,19 @@ class DrainingError(StreamKVError):
 
     code = "draining"
     retryable = True
+
+
+class TooManyStreamsError(StreamKVError):
+    """The connection has as many streams as it may have."""
+
+    code = "too_many_streams"
+    retryable = True
+
+
+class ForkGoneError(StreamKVError):
+    """The stream to fork has not begun, or nothing is known of it any more."""
+
+    code = "fork_gone"
 
 
 class NumericalError(StreamKVError):

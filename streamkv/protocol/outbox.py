@@ -12,7 +12,8 @@ from typing import Final
 import msgspec
 
 from streamkv.protocol import messages as m
-from streamkv.protocol.outstream import OutStream, SessionLimits, plain_logprobs
+from streamkv.protocol.limits import SessionLimits
+from streamkv.protocol.outstream import OutStream, plain_logprobs
 from streamkv.sampling_params import PromptLogprobs
 from streamkv.text import events as text
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streamkv.errors import ConfigError
 from streamkv.observe.metrics import Prefix
-from streamkv.protocol.outstream import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 
 __all__ = ["HttpLimits", "ServerConfig", "is_loopback"]
 

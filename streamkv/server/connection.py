@@ -13,7 +13,8 @@ from aiohttp import WSMsgType, web
 
 from streamkv.observe.recorder import NullRecorder
 from streamkv.protocol import messages as m
-from streamkv.protocol.handshake import Close, read_hello
+from streamkv.protocol.actions import Close
+from streamkv.protocol.frames import read_hello
 from streamkv.protocol.messages import Codec
 from streamkv.server.config import ServerConfig
 from streamkv.server.live_session import LiveSession

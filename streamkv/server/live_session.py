@@ -15,8 +15,9 @@ import structlog
 
 from streamkv.errors import StreamKVError, UnauthorizedError
 from streamkv.protocol import messages as m
+from streamkv.protocol.actions import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams
 from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
-from streamkv.protocol.session import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams, Session
+from streamkv.protocol.session import Session
 from streamkv.server.admission import Admission
 from streamkv.server.principal import Principal
 from streamkv.server.report import check_report

@@ -17,7 +17,7 @@ from streamkv.bench.trace import TraceRequest, read_trace, write_trace
 from streamkv.cli import main
 from streamkv.engine.api import EngineRequest
 from streamkv.engine.fake import FakeEngine, fake_info
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
 from streamkv.text.streams import TextStreams

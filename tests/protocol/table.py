@@ -11,8 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from streamkv.errors import OverloadedError
 from streamkv.protocol import messages as m
+from streamkv.protocol.actions import Action, CancelStream, Close, GrantCredit, OpenStreams
+from streamkv.protocol.limits import SessionLimits
 from streamkv.protocol.outstream import OutStream
-from streamkv.protocol.session import Action, CancelStream, Close, GrantCredit, OpenStreams, Session, SessionLimits
+from streamkv.protocol.session import Session
 from streamkv.text.events import Delta, Finished
 from tests.protocol.world import TIMINGS, Engine, Kept, Life, Run
 
@@ -127,16 +129,16 @@ class Table(RuleBasedStateMachine):
 
     def alive(self, life: Life | None) -> OutStream | None:
         """The session's own record of it, looked at to know what should follow."""
-        stream = None if life is None else self.session._streams.get(life.id) or self.session._retained.get(life.id)
+        stream = None if life is None else self.session._table.find(life.id)
         return stream if stream is not None and life is not None and stream.key == life.key else None
 
     def runs(self, life: Life) -> bool:
         """The engine works for it, as far as its session knows."""
-        return life.key in self.session._running
+        return life.key in self.session._table.running
 
     def new_lives(self, ids: list[str], credit: int | None, keeps: bool, base: int = 0) -> None:
         credit = None if credit == m.MAX_CREDIT else credit
-        for number, stream_id in enumerate(ids, self.session._next_key):
+        for number, stream_id in enumerate(ids, self.session._table._next_key):
             life = Life(stream_id, base, credit, keeps, Kept(LIMITS.ring, base), key=f"{stream_id}#{number}")
             life.since = self.now
             self.lives[stream_id] = self.by_key[life.key] = life
@@ -144,7 +146,7 @@ class Table(RuleBasedStateMachine):
 
     def may_be_made(self, ids: list[str]) -> bool:
         """False if the session must refuse; then the errors are expected."""
-        if any(stream_id in self.session._streams for stream_id in ids):
+        if any(stream_id in self.session._table.alive for stream_id in ids):
             return False  # a notice without an id
         self.catch_up(ids)
         too_many = self.session.num_streams + len(ids) > LIMITS.streams + LIMITS.queue or len(ids) > LIMITS.streams
@@ -183,7 +185,7 @@ class Table(RuleBasedStateMachine):
             assert all(isinstance(action, (CancelStream, GrantCredit)) for action in actions)
             if run.ended is None:
                 self.carry_out(actions)
-                stream = self.session._engine.get(key)
+                stream = self.session._table.in_engine.get(key)
                 assert run.cancelled == (stream is None or stream.state.value == "cancelling" or stream.end is not None)
             self.engine.answered(run)
 
@@ -198,8 +200,8 @@ class Table(RuleBasedStateMachine):
 
     def take(self, *, busy: bool = False) -> bool:
         due = self.session.next_due(self.now, busy=busy)
-        ends = {stream_id: stream.end for stream_id, stream in self.session._streams.items()}
-        retained = list(self.session._retained)
+        ends = {stream_id: stream.end for stream_id, stream in self.session._table.alive.items()}
+        retained = list(self.session._table.retained)
         message = self.session.next_message(self.now, busy=busy)
         if message is None:
             assert due is None or due > 0, "says that something is due and has nothing: the writer would spin"
@@ -216,18 +218,19 @@ class Table(RuleBasedStateMachine):
         stream_id = getattr(message, "id", None)
         life = self.lives.get(stream_id) or self.over.get(stream_id)
         if isinstance(message, m.Delta) and life is not None:
-            stream = self.session._streams[life.id]
+            stream = self.session._table.alive[life.id]
             chars = [chars for chunk, _, chars in stream.ring._chunks if chunk is message]
             life.kept.sent(message, chars[0] if chars else -1)
         if life is None or ends.get(stream_id) is not message:
             return
+        table = self.session._table
         for stream_id in retained:
-            if stream_id not in self.session._retained and stream_id in self.lives and stream_id not in self.session._streams:
+            if stream_id in self.lives and table.find(stream_id) is None:
                 self.lives[stream_id].excuse = "too much memory"
-        if self.session._retained.get(life.id) is None and life.id not in self.session._streams:
+        if table.find(life.id) is None:
             # Refused, cancelled while it waited, impatient, or larger than all that may be kept: its last frame goes once.
             life.excuse = "not kept"
-        elif life.id in self.session._retained:
+        elif life.id in table.retained:
             life.since = self.now
 
     @rule(count=st.sampled_from([1, 3, 100]))

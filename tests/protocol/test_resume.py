@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from streamkv.protocol import messages as m
-from streamkv.protocol.session import Action, CancelStream, GrantCredit, OpenStreams, Session, SessionLimits
-from streamkv.text.events import Delta, Finished, Status, StreamEvent, Timings
+from streamkv.protocol.actions import Action, CancelStream, GrantCredit, OpenStreams
+from streamkv.protocol.limits import SessionLimits
+from streamkv.protocol.session import Session
+from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
+from streamkv.text.events import Delta, Finished, PromptRead, Status, StreamEvent, Timings
 
 CODEC = m.CODECS["streamkv.v1.json"]
 TIMINGS = Timings(0.1, 0.2, 0.3, 0.4)
@@ -273,7 +276,7 @@ def test_what_has_been_confirmed_is_not_kept():
         talk.now += 1.0
         talk.take()
         talk.send(t="credit", id="a", max=m.MAX_CREDIT, ack=number)
-        sizes.append(talk.session._streams["a"].ring.bytes)
+        sizes.append(talk.session._table.alive["a"].ring.bytes)
     assert max(sizes) < 600
 
 
@@ -301,9 +304,9 @@ def test_a_finished_stream_is_kept_from_its_last_frame_on():
     talk.take()  # both are sent only now
     assert talk.session.next_tick() == talk.now + 60.0
     talk.tick(59.0)
-    assert set(talk.session._retained) == {"a", "b"}
+    assert set(talk.session._table.retained) == {"a", "b"}
     talk.tick(1.0)
-    assert set(talk.session._retained) == set()
+    assert set(talk.session._table.retained) == set()
 
 
 def test_another_epoch_ends_nothing():
@@ -331,6 +334,22 @@ def test_an_echo_is_not_read_twice():
     assert [(delta.o, delta.n) for delta in talk.take(m.Delta)] == [(0, 0), (0, 1)]
 
 
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_log_probabilities_of_the_prompt_come_again_whole(taken: int):
+    """Frames of 64 positions: some may be lost with the connection, and others still wait when it breaks."""
+    talk = Talk()
+    talk.create("a")
+    entries = tuple(TokenLogprobs(-float(position), ()) for position in range(1, 101))
+    talk.session.events([PromptRead(talk.keys["a"], PromptLogprobs(1, entries))], talk.now)
+    said = [talk.session.next_message(talk.now) for _ in range(1 + taken)][1:]
+    assert [frame.o for frame in said] == [1, 65][:taken]
+    talk.cut()
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    frames = talk.take(m.Prompt)
+    assert [(frame.o, len(frame.lp)) for frame in frames] == [(1, 64), (65, 36)]
+
+
 def test_signs_of_life_go_to_the_longest_silent_also_after_a_second_resume():
     talk = Talk(heartbeat_s=20.0)
     talk.create("a", "b")
@@ -353,7 +372,7 @@ def test_the_oldest_finished_streams_are_forgotten_when_too_much_is_kept():
         talk.says(f"s{number}", "x ", {"reason": "stop"})
         talk.take()
         assert talk.session.retained_bytes <= 20_000
-    kept = list(talk.session._retained)
+    kept = list(talk.session._table.retained)
     assert kept == [f"s{number}" for number in range(50 - len(kept), 50)]
     assert len(kept) >= 3
 
@@ -365,8 +384,8 @@ def test_long_prompts_count_as_kept():
         talk.create(f"s{number}", body={"prompt": "x" * 100_000})
         talk.ends(f"s{number}")
         talk.take()
-    assert len(talk.session._retained) <= 10
-    assert sum(len(stream.body[1]["prompt"]) for stream in talk.session._retained.values()) <= 1_000_000
+    assert len(talk.session._table.retained) <= 10
+    assert sum(len(stream.body[1]["prompt"]) for stream in talk.session._table.retained.values()) <= 1_000_000
 
 
 # -- forks --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hypothesis.stateful import invariant, rule
 
 from streamkv.errors import ContextLengthError, OverloadedError, StreamKVError
 from streamkv.protocol import messages as m
-from streamkv.protocol.session import CancelStream, Close, GrantCredit, OpenStreams
+from streamkv.protocol.actions import CancelStream, Close, GrantCredit, OpenStreams
 from streamkv.text.events import Finished
 from tests.protocol.table import IDS, LIMITS, Table
 from tests.protocol.world import check_fork
@@ -135,7 +135,7 @@ class SessionMachine(Table):
         parent = self.lives.get(source)
         if at is not None and parent is not None and true:
             at = parent.count
-        stream = self.session._streams.get(source) or self.session._retained.get(source)
+        stream = self.session._table.find(source)
         credit = None if room is None else max(0, (at or 0) + room)
         message = {"t": "fork", "from": source, "ids": ids} | ({} if at is None else {"at": at})
         if credit is not None:
@@ -151,12 +151,12 @@ class SessionMachine(Table):
                 self.new_lives(ids, credit, True, where)
             else:
                 self.expect_refusals(ids)
-        before = self.session._next_key
+        before = self.session._table._next_key
         actions = self.receive(self.codec.encode(message))
-        assert self.session._next_key - before == (len(ids) if made else 0)
+        assert self.session._table._next_key - before == (len(ids) if made else 0)
         if made:
             (fork,) = {
-                id(wish.fork): wish.fork for wish in (*actions, *self.session._waiting) if self.is_ours(wish, ids)
+                id(wish.fork): wish.fork for wish in (*actions, *self.session._table.waiting) if self.is_ours(wish, ids)
             }.values()
             check_fork(fork, family, run, where)
             for stream_id in ids:
@@ -199,16 +199,16 @@ class SessionMachine(Table):
         if not self.can_send():
             return
         life = self.lives.get(stream_id)
-        if life is None and stream_id in self.session._retained:
+        if life is None and stream_id in self.session._table.retained:
             # Once more, although its client has read the end.
-            life = self.by_key[self.session._retained[stream_id].key]
+            life = self.by_key[self.session._table.retained[stream_id].key]
         offset = life.count if life is not None else 0
         if how == "stale" and life is not None:
             offset = data.draw(st.sampled_from(sorted(life.kept.borders)))
         elif how == "any":
             offset = data.draw(st.integers(-3, offset + 20))
         message = {"t": "resume", "id": stream_id, "from": offset, "epoch": "e" if how != "epoch" else "other"}
-        stream = self.session._streams.get(stream_id) or self.session._retained.get(stream_id)
+        stream = self.session._table.find(stream_id)
         attached = stream is not None and stream.attached
         known = life is not None and self.alive(life) is not None
         if known and life.count < offset <= stream.num_tokens:
@@ -229,7 +229,7 @@ class SessionMachine(Table):
         before = self.session.num_streams
         self.send(message)
         if granted:
-            assert self.session._streams[stream_id].attached
+            assert self.session._table.alive[stream_id].attached
         elif attached or how == "epoch":
             assert self.session.num_streams == before, "a wrong resume has ended a stream that is well"
 
@@ -242,7 +242,7 @@ class SessionMachine(Table):
             if self.session.closed:
                 self.end_session([])
             return
-        if message["t"] == "create" and message["id"] not in self.session._streams:
+        if message["t"] == "create" and message["id"] not in self.session._table.alive:
             self.catch_up([message["id"]])
             self.expect_refusals([message["id"]])
         before = self.session.num_streams
@@ -310,7 +310,7 @@ class SessionMachine(Table):
             if not self.engine.saying:
                 return
             run, events = self.engine.saying.pop(0)
-            stream = self.session._engine.get(run.key)
+            stream = self.session._table.in_engine.get(run.key)
             wanted = stream is not None and stream.end is None
             life = self.by_key[run.key]
             if wanted and run.ended is not None and isinstance(events[-1], Finished):
@@ -331,11 +331,11 @@ class SessionMachine(Table):
         self.now += seconds
         if late and self.session.next_tick() > self.now:
             return
-        before = {stream.key: stream for stream in (*self.session._streams.values(), *self.session._retained.values())}
+        before = {stream.key: stream for stream in (*self.session._table.alive.values(), *self.session._table.retained.values())}
         ends = {key: stream.end for key, stream in before.items()}
         actions = self.session.tick(self.now)
         assert self.session.next_tick() > self.now, "the shell would tick again at once"
-        known = {stream.key for stream in (*self.session._streams.values(), *self.session._retained.values())}
+        known = {stream.key for stream in (*self.session._table.alive.values(), *self.session._table.retained.values())}
         for key, stream in before.items():
             life = self.by_key[key]
             age = self.now - life.since
@@ -348,7 +348,7 @@ class SessionMachine(Table):
             elif ends[key] is None and stream.end is not None:
                 run = self.engine.run(key)
                 assert stream.end.code == "stalled_timeout"
-                assert run.parked or not self.session._engine, f"{run} was not without credit"
+                assert run.parked or not self.session._table.in_engine, f"{run} was not without credit"
             elif not stream.attached:
                 limit = LIMITS.resume_s if stream.end is not None else LIMITS.grace_s
                 assert self.now < stream.since + limit, "kept for too long"
@@ -358,7 +358,7 @@ class SessionMachine(Table):
 
     @rule(rarely=st.integers(0, 4))
     def shrink(self, rarely: int) -> None:
-        oldest = next(iter(self.session._retained.values()), None)
+        oldest = next(iter(self.session._table.retained.values()), None)
         if rarely:
             return
         before = self.session.retained_bytes
@@ -372,20 +372,20 @@ class SessionMachine(Table):
 
     @invariant()
     def bounded(self) -> None:
-        session = self.session
-        streams, retained = session._streams, session._retained
+        table, outbox = self.session._table, self.session._outbox
+        streams, retained = table.alive, table.retained
         assert not streams.keys() & retained.keys()
-        assert session.num_streams <= LIMITS.streams + LIMITS.queue
-        assert len(session._running) <= LIMITS.streams
-        assert len(session._outbox._control) <= LIMITS.control + 4 + LIMITS.streams
+        assert len(streams) <= LIMITS.streams + LIMITS.queue
+        assert len(table.running) <= LIMITS.streams
+        assert len(outbox._control) <= LIMITS.control + 4 + LIMITS.streams
         attached = {stream_id: stream for stream_id, stream in streams.items() if stream.attached}
-        assert dict(session._outbox.streams) == attached
-        assert session._outbox.bytes == sum(stream.weight for stream in attached.values())
+        assert dict(outbox.streams) == attached
+        assert outbox.bytes == sum(stream.weight for stream in attached.values())
         assert not any(stream.attached for stream in retained.values())
-        assert session._kept == sum(stream.kept for stream in retained.values()) <= LIMITS.retained
+        assert table.kept_bytes == sum(stream.kept for stream in retained.values()) <= LIMITS.retained
         assert all(stream.kept >= stream.bytes for stream in retained.values())
         assert attached == {} or self.connected
-        assert not session._waiting or len(session._running) + len(session._waiting[0].keys) > LIMITS.streams, "idle places"
+        assert not table.waiting or len(table.running) + len(table.waiting[0].keys) > LIMITS.streams, "idle places"
         for stream in (*streams.values(), *retained.values()):
             assert stream.ring.bytes == sum(weight for _, weight, _ in stream.ring._chunks)
             assert stream.ring.num_tokens <= LIMITS.ring or stream.replay or not stream.attached
@@ -396,14 +396,14 @@ class SessionMachine(Table):
         """Whatever runs in the engine is somebody's, or is being ended; and who has credit, has it in the engine."""
         session = self.session
         for run in self.engine.runs.values():
-            stream = session._engine.get(run.key)
+            stream = session._table.in_engine.get(run.key)
             if run.opened and run.ended is None and not run.cancelled:
                 assert stream is not None, f"{run} runs for nobody"
                 assert stream.end is None
                 assert run.credit == (None if stream.credit is None else stream.credit - stream.base), "credit has been lost"
-        assert session._engine.keys() <= self.by_key.keys()
-        for key in session._running:
-            assert session._engine[key].end is None
+        assert session._table.in_engine.keys() <= self.by_key.keys()
+        for key in session._table.running:
+            assert session._table.in_engine[key].end is None
             assert key in self.engine.runs
 
     def teardown(self) -> None:

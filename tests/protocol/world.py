@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from streamkv.protocol import messages as m
-from streamkv.protocol.session import CancelStream, ForkOf, GrantCredit, OpenStreams
+from streamkv.protocol.actions import CancelStream, ForkOf, GrantCredit, OpenStreams
 from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
 from streamkv.text.events import Delta, Finished, PromptRead, Status, StreamEvent, Timings
 

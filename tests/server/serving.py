@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from streamkv.engine.api import EngineRequest
 from streamkv.engine.fake import FakeEngine, Reply, fake_info
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
 from streamkv.text.detokenizer import byte_level_alphabet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from tests.server.serving import eventually, serving
 from tests.server.test_resume import CODECS, reference, reply
 

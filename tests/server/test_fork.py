@@ -11,7 +11,7 @@ import pytest
 
 from streamkv import Engine
 from streamkv.engine.config import EngineConfig
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
 from tests.runner.tiny import save_tiny
@@ -43,7 +43,7 @@ class Home:
     def output(self, stream_id: str) -> list[int]:
         (live,) = self._server.stream_door.sessions
         session = live.session
-        return list((session._streams.get(stream_id) or session._retained[stream_id]).output)
+        return list((session._table.alive.get(stream_id) or session._table.retained[stream_id]).output)
 
     async def run(self, stream_id: str, prompt: Any, **body: Any) -> Ended:
         await self.raw.create(stream_id, prompt, **{"temperature": 0, "max_tokens": 20} | body)

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.connection import Connection
 from tests.server.serving import Raw, Serving, eventually, serving
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import aiohttp
 
 from streamkv import errors
-from streamkv.protocol import messages, session
+from streamkv.protocol import messages
 from tests.server.serving import DEADLINE_S, serving
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
+SOURCES = Path(errors.__file__).parent
 
 
 def conversation() -> list[tuple[str, str]]:
@@ -53,12 +54,15 @@ def test_every_message_is_on_the_page() -> None:
 
 
 def test_every_code_is_on_the_page() -> None:
-    page, source = PAGE.read_text(), Path(session.__file__).read_text()
+    page = PAGE.read_text()
+    source = "".join(path.read_text() for part in ("protocol", "server") for path in (SOURCES / part).glob("*.py"))
     raised = [getattr(errors, name) for name in errors.__all__]
     codes = {kind.code for kind in raised if not issubclass(kind, errors.ConfigError)}
-    codes |= set(re.findall(r'(?:_notice|_refuse_all|Error)\((?:ids, )?"([a-z_]+)"', source))
+    codes |= set(re.findall(r'(?:notice|m\.Error|Malformed)\(\s*"([a-z_]+)"', source))
     assert {"unknown_type", "draining", "too_many_streams"} <= codes
     for code in codes:
         assert f"`{code}`" in page, code
-    for close in re.findall(r"_close\((\d{4})", source):
+    closes = set(re.findall(r"[cC]lose\((\d{4})", source))
+    assert {"1008", "4400", "4401"} <= closes
+    for close in closes:
         assert f"| {close} |" in page, close

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from streamkv.engine.api import EngineRequest
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from tests.server.serving import Serving, eventually, serving
 from tests.server.wire import bearer, keyed
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from tests.server.serving import eventually, serving
 
 CODECS = ["json", "msgpack"]
@@ -282,7 +282,7 @@ async def test_a_stream_that_waits_for_its_first_token_costs_no_cpu():
             return look(*args, **options)
 
         connection.live.session.next_message = counted  # type: ignore[method-assign]  # to count, not to change
-        stream = connection.live.session._streams["s"]
+        stream = connection.live.session._table.alive["s"]
         connection.live.session._outbox.status(stream, _status("s"))
         connection._wake.set()
         await raw.wait_for_type("status", "s")

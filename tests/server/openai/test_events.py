@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from streamkv.protocol.session import SessionLimits
+from streamkv.protocol.limits import SessionLimits
 from streamkv.server.openai.sse import HEARTBEAT_S, Timing
 from tests.server.openai.dialect import CHAT, COMPLETIONS, HELLO, door, door_of, parsed, post, stream, torn
 from tests.server.serving import Serving, eventually
