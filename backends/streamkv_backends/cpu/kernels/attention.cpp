@@ -233,6 +233,21 @@ void clear(State& state, int rows, int dim) {
   }
 }
 
+// Ask for the keys that come next: of the following chunk, or after the last one, of the next head's first.
+template <class T>
+void prefetch_next(const Plan& plan, const T* pool, const Item& item, int head, int chunk, int length) {
+  if (++chunk == item.end_chunk) {
+    chunk = item.first_chunk;
+    if (++head == plan.shape.num_kv_heads) return;
+  }
+  const int dim = plan.shape.head_dim, size = plan.step.block_size, end = std::min(length, (chunk + 1) * CHUNK);
+  const int32_t* table = plan.step.block_tables + (int64_t)item.sequence * plan.step.max_blocks;
+  for (int position = chunk * CHUNK; position < end; position += TILE) {
+    const T* part = pool + ((int64_t)table[position / size] * plan.shape.num_kv_heads + head) * 2 * size * dim;
+    for (int i = 0; i < TILE * dim; i += 64 / (int)sizeof(T)) prefetch_far(part + position % size * dim + i);
+  }
+}
+
 template <class T>
 void compute_chunk(const Plan& plan, const T* pool, const Item& item, int head, int chunk, Bench<T>& bench) {
   const Shape& shape = plan.shape;
@@ -255,11 +270,7 @@ void compute_chunk(const Plan& plan, const T* pool, const Item& item, int head, 
     by_rows<Tiles<T>::template Scores>(
         std::min(R_MAX, item.num_rows - r), (const T*)bench.query + r * dim, dim, (const T* const*)keys, num_tiles,
         bench.score + r * CHUNK);
-  if (item.num_rows <= 16 && chunk + 1 < item.end_chunk)
-    for (int position = begin + CHUNK; position < std::min(length, begin + 2 * CHUNK); position += TILE) {
-      const T* part = pool + ((int64_t)table[position / size] * shape.num_kv_heads + head) * 2 * size * dim;
-      for (int i = 0; i < TILE * dim; i += 64 / (int)sizeof(T)) prefetch_far(part + position % size * dim + i);
-    }
+  if (item.num_rows <= 16) prefetch_next(plan, pool, item, head, chunk, length);
   for (int r = 0; r < item.num_rows; r++) {
     const int position = rows[r].position;
     const int first = shape.window ? std::max(0, position - shape.window + 1 - begin) : 0;
@@ -373,8 +384,11 @@ void attend(Plan& plan, const Call& call) {
   const int heads = plan.shape.num_kv_heads;
   for (const auto* list : {&plan.first, &plan.second}) {
     if (list->empty()) continue;
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < (int)list->size() * heads; i++) run_item<T>(plan, call, (*list)[i / heads], i % heads, bench);
+    const int count = (int)list->size() * heads;
+    // Some heads in a row to one thread, which asks for the next one's keys in time; few enough that all end together.
+    const int run = std::max(1, std::min(heads, count / (8 * omp_get_num_threads())));
+#pragma omp for schedule(dynamic, run)
+    for (int i = 0; i < count; i++) run_item<T>(plan, call, (*list)[i / heads], i % heads, bench);
   }
 }
 
