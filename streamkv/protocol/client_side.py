@@ -7,6 +7,7 @@ from typing import Final
 from streamkv.errors import DrainingError, ForkGoneError, InvalidRequestError, StreamKVError, TooManyStreamsError
 from streamkv.protocol import messages as m
 from streamkv.protocol.actions import Action, CancelStream, ForkOf, GrantCredit, OpenStreams
+from streamkv.protocol.bodies import Parsed, ParsedBody
 from streamkv.protocol.outstream import OutStream, StreamState
 from streamkv.protocol.requests import (
     Request,
@@ -106,7 +107,7 @@ class ClientSide:
         base: int = 0,
         fork: ForkOf | None = None,
     ) -> list[Action]:
-        credit = None if message.max is None or message.max == m.MAX_CREDIT else message.max
+        credit = message.max if _generates(request.parsed) and message.max != m.MAX_CREDIT else None
         keys: list[str] = []
         for stream_id in ids:
             stream = self._table.new(stream_id, now, base=base, credit=credit, keeps=message.on_disconnect == "grace")
@@ -189,3 +190,8 @@ class ClientSide:
         done = m.Done(stream_id, stream.base, "cancelled", m.Usage(0, 0, 0), m.Timings(0.0, 0.0, 0.0, 0.0))
         table.finish(stream, done, now, unopened=True)
         return table.start_waiting()
+
+
+def _generates(body: Parsed) -> bool:
+    """False if no token comes of it: then there is nothing to have credit for."""
+    return isinstance(body, ParsedBody) and body.params.max_tokens != 0

@@ -14,7 +14,6 @@ from streamkv.text import events as text
 
 __all__ = ["EngineSide"]
 
-_RECORD_BYTES: Final = 4096
 _TOKEN_BYTES: Final = 40  # of an int in a list
 
 
@@ -33,7 +32,7 @@ class EngineSide:
         if stream is None:
             return [CancelStream(key)]  # given up while the request was on its way
         stream.record = record
-        stream.body_bytes += _RECORD_BYTES + _TOKEN_BYTES * prompt_tokens
+        stream.body_bytes += _TOKEN_BYTES * prompt_tokens
         table.outbox.open(stream, m.Accepted(stream.id, rid, prompt_tokens))
         if stream.end is not None:
             del table.in_engine[key]  # its last event has come before this

@@ -14,6 +14,11 @@ from streamkv.sampling_params import TokenLogprobs
 
 __all__ = ["STREAM_MOVES", "OutStream", "StreamState"]
 
+_STREAM_BYTES: Final = 4096  # of its own objects, and those of its record beside the tokens
+_LOGPROB_BYTES: Final = 264  # of one prompt token's entry
+_TOP_BYTES: Final = 132  # of each alternative in it
+_NUMBER_BYTES: Final = 32  # of a float in a list
+
 
 class StreamState(Enum):
     """Where a stream is. Whether its client is connected is another question: `OutStream.attached`."""
@@ -53,7 +58,7 @@ class OutStream:
         attached: the connected client gets its output; a new connection resumes it first.
         credit: absolute offset that the client accepts; None = no limit.
         output: its own token ids, for forks.
-        record: whatever the shell needs to fork it; None before it was opened.
+        record: whatever the shell needs to fork it; None before it was opened, and for what generates nothing.
         body: (api, the body as it came), for forks.
         body_bytes: memory of what `body` and `record` hold, roughly.
     """
@@ -142,6 +147,11 @@ class OutStream:
         if self.status is not None:
             self.status = m.Status(self.id, "decode", self.status.cached)
 
+    def settle(self) -> None:
+        """It has ended: what only a fork would need goes if there can be none."""
+        if self.record is None:
+            self.body, self.body_bytes = None, 0
+
     # -- sending --------------------------------------------------------------------------------------------------
 
     def due(self, limits: SessionLimits, busy: bool) -> float:
@@ -215,8 +225,12 @@ class OutStream:
     @property
     def bytes(self) -> int:
         """What it holds in memory, roughly."""
-        prompts = 100 * sum(len(frame.lp) for frame in (*self.said_of_prompt, *self.prompt))
-        return self.weight + self.ring.bytes + self.output.itemsize * len(self.output) + prompts + self.body_bytes
+        entries = [entry for frame in (*self.said_of_prompt, *self.prompt) for entry in frame.lp]
+        prompts = sum(_LOGPROB_BYTES + _TOP_BYTES * len(entry["top"]) for entry in entries)
+        vector = self.end.embedding if isinstance(self.end, m.Done) else None
+        answers = prompts + _NUMBER_BYTES * len(vector or ())
+        tokens = self.output.itemsize * len(self.output)
+        return _STREAM_BYTES + self.weight + self.ring.bytes + tokens + answers + self.body_bytes
 
 
 def plain_logprobs(entry: TokenLogprobs) -> dict[str, Any]:

@@ -111,9 +111,10 @@ class StreamTable:
         if stream is None or stream.end is not last:
             return  # an error for an id that never lived
         del self.alive[last.id]
-        if stream.keeps and stream.record is not None:
+        if stream.keeps:
             stream.attached = False
             stream.since = now
+            stream.settle()
             stream.kept = stream.bytes
             self.retained[last.id] = stream
             self.kept_bytes += stream.kept

@@ -16,7 +16,7 @@ from streamkv.protocol.limits import SessionLimits
 from streamkv.protocol.outstream import OutStream
 from streamkv.protocol.session import Session
 from streamkv.text.events import Delta, Finished
-from tests.protocol.world import TIMINGS, Engine, Kept, Life, Run
+from tests.protocol.world import TIMINGS, VECTOR, Engine, Kept, Life, Run
 
 LIMITS = SessionLimits(
     streams=3,
@@ -107,7 +107,7 @@ class Table(RuleBasedStateMachine):
         for run in self.engine.runs.values():
             assert run.cancelled or run.ended is not None or not run.opened, f"{run} runs on for nobody"
             if not run.opened:
-                assert session.opened(run.key, "r", 3, run.key) == [CancelStream(run.key)]
+                assert session.opened(run.key, "r", 3, run.record) == [CancelStream(run.key)]
             late = [Delta(run.key, run.made, 1, "late", (1,)), Finished(run.key, "cancelled", 1, 1, 0, TIMINGS)]
             assert session.events(late, self.now) == []
             assert session.refused((run.key,), OverloadedError("late")) == []
@@ -136,10 +136,10 @@ class Table(RuleBasedStateMachine):
         """The engine works for it, as far as its session knows."""
         return life.key in self.session._table.running
 
-    def new_lives(self, ids: list[str], credit: int | None, keeps: bool, base: int = 0) -> None:
-        credit = None if credit == m.MAX_CREDIT else credit
+    def new_lives(self, ids: list[str], credit: int | None, keeps: bool, base: int = 0, wanted: str = "text") -> None:
+        credit = None if credit == m.MAX_CREDIT or wanted != "text" else credit
         for number, stream_id in enumerate(ids, self.session._table._next_key):
-            life = Life(stream_id, base, credit, keeps, Kept(LIMITS.ring, base), key=f"{stream_id}#{number}")
+            life = Life(stream_id, base, credit, keeps, Kept(LIMITS.ring, base), key=f"{stream_id}#{number}", wanted=wanted)
             life.since = self.now
             self.lives[stream_id] = self.by_key[life.key] = life
             self.over.pop(stream_id, None)
@@ -170,7 +170,8 @@ class Table(RuleBasedStateMachine):
         for action in actions:
             if isinstance(action, OpenStreams):
                 assert self.session.wants(action.keys), "opens what it does not want"
-                self.engine.carry_out(action, self.by_key[action.keys[0]].base)
+                first = self.by_key[action.keys[0]]
+                self.engine.carry_out(action, first.base, first.wanted)
             elif not isinstance(action, Close):
                 self.engine.carry_out(action)
 
@@ -181,7 +182,7 @@ class Table(RuleBasedStateMachine):
         for key in group:
             run = self.engine.run(key)
             run.opened = True
-            actions = self.session.opened(key, "r", 3, key)
+            actions = self.session.opened(key, "r", 3, run.record)
             assert all(isinstance(action, (CancelStream, GrantCredit)) for action in actions)
             if run.ended is None:
                 self.carry_out(actions)
@@ -200,7 +201,7 @@ class Table(RuleBasedStateMachine):
 
     def take(self, *, busy: bool = False) -> bool:
         due = self.session.next_due(self.now, busy=busy)
-        ends = {stream_id: stream.end for stream_id, stream in self.session._table.alive.items()}
+        alive = dict(self.session._table.alive)
         retained = list(self.session._table.retained)
         message = self.session.next_message(self.now, busy=busy)
         if message is None:
@@ -209,27 +210,27 @@ class Table(RuleBasedStateMachine):
         assert due == 0, "has a message and does not say so: the writer would sleep"
         again = self.codec.decode_server(self.codec.encode(message))
         assert type(again) is type(message)
-        self.note(message, ends, retained)
+        self.note(message, alive, retained)
         self.wire.append(message)
         return True
 
-    def note(self, message: m.ServerMessage, ends: dict[str, Any], retained: list[str]) -> None:
+    def note(self, message: m.ServerMessage, alive: dict[str, OutStream], retained: list[str]) -> None:
         """What the session has let go of with this message."""
         stream_id = getattr(message, "id", None)
         life = self.lives.get(stream_id) or self.over.get(stream_id)
         if isinstance(message, m.Delta) and life is not None:
-            stream = self.session._table.alive[life.id]
-            chars = [chars for chunk, _, chars in stream.ring._chunks if chunk is message]
+            chars = [chars for chunk, _, chars in alive[life.id].ring._chunks if chunk is message]
             life.kept.sent(message, chars[0] if chars else -1)
-        if life is None or ends.get(stream_id) is not message:
+        stream = alive.get(stream_id)
+        if life is None or stream is None or stream.end is not message:
             return
         table = self.session._table
         for stream_id in retained:
             if stream_id in self.lives and table.find(stream_id) is None:
                 self.lives[stream_id].excuse = "too much memory"
         if table.find(life.id) is None:
-            # Refused, cancelled while it waited, impatient, or larger than all that may be kept: its last frame goes once.
-            life.excuse = "not kept"
+            assert not life.keeps or stream.kept > LIMITS.retained, f"the end of {life} is not kept"
+            life.excuse = "not kept"  # impatient, or larger than all that may be kept: its last frame goes once
         elif life.id in table.retained:
             life.since = self.now
 
@@ -301,5 +302,8 @@ class Table(RuleBasedStateMachine):
         assert life.prompt == run.prompt or run.ended in ("cancelled", "stalled")
         if isinstance(message, m.Done):
             assert (message.o, message.finish_reason) == (life.count, run.ended)
+            answered = run.ended != "cancelled"
+            assert message.embedding == (VECTOR if answered and run.wanted == "embedding" else None)
+            assert (message.score is not None) == (answered and run.wanted == "score")
         else:
             assert message.code in (run.ended, "internal", "stalled_timeout")

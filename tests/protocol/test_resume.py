@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import struct
+import tracemalloc
 from typing import Any
 
 import pytest
 
+from streamkv.errors import OverloadedError
 from streamkv.protocol import messages as m
 from streamkv.protocol.actions import Action, CancelStream, GrantCredit, OpenStreams
+from streamkv.protocol.bodies import ParsedBody
 from streamkv.protocol.limits import SessionLimits
 from streamkv.protocol.session import Session
 from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
-from streamkv.text.events import Delta, Finished, PromptRead, Status, StreamEvent, Timings
+from streamkv.text.events import Delta, Finished, PromptRead, Score, Status, StreamEvent, Timings
 
 CODEC = m.CODECS["streamkv.v1.json"]
 TIMINGS = Timings(0.1, 0.2, 0.3, 0.4)
@@ -65,7 +69,8 @@ class Talk:
                 for key in wish.keys:
                     self.keys[key.partition("#")[0]] = key
                     if opened:
-                        self.done(self.session.opened(key, "r", 3, f"record of {key}"))
+                        record = f"record of {key}" if isinstance(wish.body, ParsedBody) else None
+                        self.done(self.session.opened(key, "r", 3, record))
         return actions
 
     def says(self, stream_id: str, *events: Any) -> list[Action]:
@@ -294,6 +299,71 @@ def test_a_finished_stream_comes_again_with_its_last_frame(lost: str):
     assert again == (first if lost == "all" else first[1:])
 
 
+ANSWERS: dict[str, dict[str, Any]] = {
+    "embeddings": {"embedding": struct.pack("<2f", 0.5, -2.0)},
+    "score": {"score": Score(-3.0, 3)},
+}
+
+
+@pytest.mark.parametrize("api", ANSWERS)
+def test_what_generates_nothing_comes_again_with_its_answer(api: str):
+    talk = Talk()
+    talk.create("a", api=api, body={"input": "p"})
+    talk.session.events([PromptRead(talk.keys["a"], PromptLogprobs(1, (TokenLogprobs(-1.0, ()),)))], talk.now)
+    talk.session.events([Finished(talk.keys["a"], "length", 3, 0, 0, TIMINGS, **ANSWERS[api])], talk.now)
+    _, *first = talk.take()  # without `accepted`
+    assert [type(message) for message in first] == [m.Prompt, m.Done]
+    for _ in range(2):
+        talk.cut()
+        talk.come_back()
+        talk.send(t="resume", id="a", from_=0)
+        resumed, *again = talk.take()
+        assert resumed.state == "done"
+        assert again == first
+    assert (first[1].embedding is None) == (api == "score")
+    assert talk.send(t="fork", from_="a", id="b") == []
+    assert talk.take()[0].code == "fork_gone"
+
+
+@pytest.mark.parametrize("how", ["refused", "cancelled while it waited", "stalled"])
+def test_every_other_end_comes_again_too(how: str):
+    talk = Talk(streams=1, stall_s=10.0)
+    if how == "cancelled while it waited":
+        talk.create("first")
+    talk.create("a", opened=how == "stalled", max=0)
+    if how == "refused":
+        talk.session.refused((talk.keys["a"],), OverloadedError("later"))
+    elif how == "stalled":
+        talk.tick(10.0)
+    else:
+        talk.send(t="cancel", id="a")
+    first = [message for message in talk.take(m.Done, m.Error) if message.id == "a"]
+    assert len(first) == 1
+    talk.cut()
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    resumed, *again = talk.take()
+    assert (resumed.id, resumed.state) == ("a", "done")
+    assert again == first
+
+
+def test_what_generates_nothing_needs_no_credit():
+    talk = Talk(stall_s=10.0)
+    for number, (api, body) in enumerate(
+        [
+            ("embeddings", {"input": "p"}),
+            ("score", {"input": "p"}),
+            ("completions", {"prompt": "p", "max_tokens": 0, "echo": True}),
+        ]
+    ):
+        (wish,) = talk.create(f"s{number}", api=api, body=body, max=0)
+        assert isinstance(wish, OpenStreams)
+        assert wish.credit is None
+    talk.tick(100.0)
+    assert [message for message in talk.take() if isinstance(message, m.Error)] == []
+    assert talk.cancelled() == set()
+
+
 def test_a_finished_stream_is_kept_from_its_last_frame_on():
     talk = Talk(resume_s=60.0)
     for name in "ab":
@@ -307,6 +377,17 @@ def test_a_finished_stream_is_kept_from_its_last_frame_on():
     assert set(talk.session._table.retained) == {"a", "b"}
     talk.tick(1.0)
     assert set(talk.session._table.retained) == set()
+
+
+def test_a_name_that_lives_again_is_not_kept_for_the_finished_one():
+    talk = Talk()
+    talk.create("a")
+    talk.ends("a")
+    talk.take()
+    assert set(talk.session._table.retained) == {"a"}
+    talk.create("a")
+    assert set(talk.session._table.retained) == set()
+    assert talk.session._table.kept_bytes == 0
 
 
 def test_another_epoch_ends_nothing():
@@ -386,6 +467,36 @@ def test_long_prompts_count_as_kept():
         talk.take()
     assert len(talk.session._table.retained) <= 10
     assert sum(len(stream.body[1]["prompt"]) for stream in talk.session._table.retained.values()) <= 1_000_000
+
+
+@pytest.mark.parametrize(("api", "count"), [("embeddings", 4096), ("score", 2000)])
+def test_answers_count_as_kept(api: str, count: int):
+    """A long vector, or the log-probabilities of a long prompt, is all that is kept of a stream that generates nothing."""
+    talk = Talk(retained=2_000_000)
+    entries = tuple(TokenLogprobs(-1.0, tuple((token, -1.0) for token in range(5))) for _ in range(count))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for number in range(30):
+        talk.create(f"s{number}", api=api, body={"input": "p"})
+        if api == "score":
+            talk.session.events([PromptRead(talk.keys[f"s{number}"], PromptLogprobs(1, entries))], talk.now)
+        embedding = bytes(4 * count) if api == "embeddings" else None
+        talk.session.events([Finished(talk.keys[f"s{number}"], "length", 3, 0, 0, TIMINGS, embedding=embedding)], talk.now)
+        talk.take()
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert 0 < len(talk.session._table.retained) < 30
+    assert held < 1.25 * talk.session.retained_bytes, "more is kept than is counted"
+
+
+def test_who_cannot_be_forked_does_not_keep_its_request():
+    talk = Talk()
+    talk.create("a", opened=False, api="embeddings", body={"input": "x" * 1_000_000})
+    talk.session.opened(talk.keys["a"], "r", 1_000_000)
+    talk.session.events([Finished(talk.keys["a"], "length", 3, 0, 0, TIMINGS, embedding=bytes(12))], talk.now)
+    talk.take()
+    assert talk.session._table.retained["a"].body is None
+    assert talk.session.retained_bytes < 10_000
 
 
 # -- forks --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from streamkv.protocol import messages as m
 from streamkv.protocol.actions import CancelStream, Close, GrantCredit, OpenStreams
 from streamkv.text.events import Finished
 from tests.protocol.table import IDS, LIMITS, Table
-from tests.protocol.world import check_fork
+from tests.protocol.world import BODIES, check_fork
 
 CREDITS = st.none() | st.sampled_from([0, 1, 3, 6, 20, m.MAX_CREDIT])
 NAMES = st.lists(st.sampled_from(IDS), min_size=1, max_size=4, unique=True)
@@ -105,18 +105,24 @@ class SessionMachine(Table):
 
     # -- the client -----------------------------------------------------------------------------------------------
 
-    @rule(ids=NAMES, several=st.booleans(), at_once=st.booleans(), credit=CREDITS, keeps=st.integers(0, 4))
-    def create(self, ids: list[str], several: bool, at_once: bool, credit: int | None, keeps: int) -> None:
+    @rule(
+        ids=NAMES,
+        several=st.booleans(),
+        at_once=st.booleans(),
+        credit=CREDITS,
+        keeps=st.integers(0, 4),
+        wanted=st.sampled_from(["text", "text", "text", "prompt", "embedding", "score"]),
+    )
+    def create(self, ids: list[str], several: bool, at_once: bool, credit: int | None, keeps: int, wanted: str = "text") -> None:
         if not self.can_send():
             return
         ids = ids if several else ids[:1]
         if self.may_be_made(ids):
-            self.new_lives(ids, credit, bool(keeps))
+            self.new_lives(ids, credit, bool(keeps), wanted=wanted)
         names = {"ids": ids} if several else {"id": ids[0]}
-        body = {"prompt": "p", "max_tokens": 50}
         more = {} if credit is None else {"max": credit}
         on_disconnect = "grace" if keeps else "cancel"
-        actions = self.send({"t": "create", "api": "completions", "body": body, "on_disconnect": on_disconnect} | names | more)
+        actions = self.send({"t": "create", "on_disconnect": on_disconnect} | BODIES[wanted](len(ids)) | names | more)
         if at_once:
             for action in actions:
                 if isinstance(action, OpenStreams):
@@ -148,7 +154,7 @@ class SessionMachine(Table):
             made = known and fits
             if made:
                 family, run = self.by_key[stream.key], self.engine.run(stream.key)
-                self.new_lives(ids, credit, True, where)
+                self.new_lives(ids, credit, True, where, family.wanted)
             else:
                 self.expect_refusals(ids)
         before = self.session._table._next_key

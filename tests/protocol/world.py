@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamkv.protocol import messages as m
 from streamkv.protocol.actions import CancelStream, ForkOf, GrantCredit, OpenStreams
 from streamkv.sampling_params import PromptLogprobs, TokenLogprobs
-from streamkv.text.events import Delta, Finished, PromptRead, Status, StreamEvent, Timings
+from streamkv.text.events import Delta, Finished, PromptRead, Score, Status, StreamEvent, Timings
 
 TIMINGS = Timings(0.1, 0.2, 0.3, 0.4)
+VECTOR = [0.5, -2.0, 8.0]
+ANSWERS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "prompt": {},
+    "embedding": {"embedding": struct.pack("<3f", *VECTOR)},
+    "score": {"score": Score(-3.0, 3)},
+}
+BODIES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "text": lambda _: {"api": "completions", "body": {"prompt": "p", "max_tokens": 50}},
+    "prompt": lambda _: {"api": "completions", "body": {"prompt": "p", "max_tokens": 0, "prompt_logprobs": 0}},
+    "embedding": lambda count: {"api": "embeddings", "body": {"input": ["p"] * count}},
+    "score": lambda count: {"api": "score", "body": {"input": ["p"] * count, "prompt": "q", "logprobs": 0}},
+}
+"""What a stream is wanted for: what comes with its end, and how so many of them are asked for."""
 
 
 @dataclass
@@ -64,10 +81,20 @@ class Run:
     prompt: int = 0
     echoed: bool = False
     made: int = 0  # tokens, the session may not know of the last ones
+    wanted: str = "text"
+
+    @property
+    def generates(self) -> bool:
+        return self.wanted == "text"
+
+    @property
+    def record(self) -> str | None:
+        """What a fork of it needs; there is none of embeddings and scores."""
+        return self.key if self.wanted in ("text", "prompt") else None
 
     @property
     def parked(self) -> bool:
-        return self.credit is not None and self.made >= self.credit
+        return self.generates and self.credit is not None and self.made >= self.credit
 
 
 @dataclass
@@ -91,6 +118,7 @@ class Life:
     chars: int | None = 0  # of the family's text before its base; None = not known
     since: float = 0.0  # when it was made, lost its connection, was resumed, or ended: the last of these
     resumed: bool = False  # at least once
+    wanted: str = "text"
 
     def __post_init__(self) -> None:
         self.count = self.base
@@ -122,13 +150,13 @@ class Engine:
     def run(self, key: str) -> Run:
         return self.runs.get(key) or self.past[key]
 
-    def carry_out(self, action: OpenStreams | GrantCredit | CancelStream, base: int = 0) -> None:
+    def carry_out(self, action: OpenStreams | GrantCredit | CancelStream, base: int = 0, wanted: str = "text") -> None:
         match action:
             case OpenStreams():
                 for key in action.keys:
                     assert key not in self.runs, "opened twice"
                     assert key not in self.past, "a key was used again"
-                    self.runs[key] = Run(key, action.keys, base, action.credit)
+                    self.runs[key] = Run(key, action.keys, base, action.credit, wanted=wanted)
             case GrantCredit():
                 run = self.runs[action.key]
                 assert run.credit is not None, "credit for a stream without a limit"
@@ -151,7 +179,7 @@ class Engine:
                 run.prompt += count
             elif kind in ("prefill", "decode", "preempted"):
                 events.append(Status(run.key, kind, 4 if kind == "prefill" else None))  # type: ignore[arg-type]  # as checked
-            elif kind in ("text", "logprobs"):
+            elif kind in ("text", "logprobs") and run.generates:
                 events += self._text(run, count, kind == "logprobs", wordy)
         if events:
             self.saying.append((run, events))
@@ -178,7 +206,8 @@ class Engine:
         events: list[StreamEvent] = [Delta(run.key, run.made, 0, tail, ())] if tail and run.made else []
         reason = "cancelled" if run.cancelled else reason
         error = ("internal", "broken") if reason == "error" else None
-        events.append(Finished(run.key, reason, 3, run.made, 0, TIMINGS, error))  # type: ignore[arg-type]  # one of its words
+        answer = {} if error is not None or run.cancelled else ANSWERS[run.wanted]
+        events.append(Finished(run.key, reason, 3, run.made, 0, TIMINGS, error, **answer))  # type: ignore[arg-type]  # one of its words
         run.ended = reason
         self.saying.append((run, events))
 
@@ -202,7 +231,7 @@ class Engine:
 
 def check_fork(fork: ForkOf, parent: Life, run: Run, at: int) -> None:
     """What a fork is told of its parent is what the parent's client has been told."""
-    assert fork.record == run.key
+    assert fork.record == run.record
     assert list(fork.output) == list(range(parent.base, at))
     if fork.chars is None:
         return

@@ -51,6 +51,31 @@ async def test_what_has_finished_meanwhile_comes_with_its_last_frame(codec: str)
                 assert (ended.text, ended.reason) == (reference(7, 20), "length")
 
 
+@pytest.mark.parametrize("codec", CODECS)
+async def test_an_end_that_was_lost_with_its_socket_comes_again(codec: str):
+    """The server has sent everything, the client has read nothing of it: also of what generates no tokens."""
+    async with serving(grace_s=60.0) as served:
+        async with served.raw(codec) as raw:
+            await raw.send(t="create", ids=["v", "w"], api="embeddings", body={"input": ["Hi", "Ho"]})
+            await raw.send(t="create", id="c", api="score", body={"prompt": "ab", "input": "cd", "logprobs": 1})
+            await raw.create("p", "abc", max_tokens=0, prompt_logprobs=0, echo=True)
+            await raw.create("long", "x" * 300, max_tokens=5)  # refused by the engine
+            (live,) = served.server.stream_door.sessions
+            await eventually(lambda: live.session._table.retained.keys() == {"v", "w", "c", "p", "long"})
+            raw.kill()
+        async with served.again(raw.welcome, codec) as raw:
+            for stream_id in ("v", "w", "c", "p", "long"):
+                await raw.resume(stream_id, 0, epoch=raw.welcome["epoch"])
+            assert len((await raw.ended("v")).last["embedding"]) == 3
+            assert len((await raw.ended("w")).last["embedding"]) == 3
+            score = await raw.ended("c")
+            assert score.last["score"]["tokens"] == 2
+            assert sum(len(message["lp"]) for message in score.messages if message["t"] == "prompt") == 3
+            echo = await raw.ended("p")
+            assert (echo.text, echo.reason) == ("abc", "length")
+            assert (await raw.ended("long")).code == "context_length_exceeded"
+
+
 async def test_the_newest_connection_wins():
     async with serving(reply=reply, context=2000, grace_s=60.0) as served, served.raw() as old:
         served.engine.hold = 5
