@@ -16,7 +16,8 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from random import Random
 from types import TracebackType
 from typing import Final, Self
@@ -29,7 +30,7 @@ from streamkv.server.rates import Mean, Rate
 from streamkv.text.events import Finished
 from streamkv.text.streams import PreparedPrompt
 
-__all__ = ["Admission", "Lease"]
+__all__ = ["Admission", "Lease", "Share"]
 
 _JITTER: Final = 0.2
 _RETRY_S: Final = (0.05, 300.0)
@@ -44,13 +45,13 @@ class Lease:
     Use it as a context manager around `TextStreams.open`: if that raises, it is given back.
     """
 
-    __slots__ = ("_admission", "begun", "blocks", "deadline", "ids", "principal", "prompt", "since", "tokens", "waiting")
+    __slots__ = ("_admission", "begun", "blocks", "deadline", "ids", "prompt", "since", "tenant", "tokens", "waiting")
 
     def __init__(
-        self, admission: Admission, principal: Principal, ids: Sequence[str], prompt: int, tokens: int, blocks: int
+        self, admission: Admission, tenant: _Tenant | None, ids: Sequence[str], prompt: int, tokens: int, blocks: int
     ) -> None:
         self._admission = admission
-        self.principal = principal
+        self.tenant = tenant  # who has these streams; None = its share has them
         self.ids = set(ids)  # samples that have not ended
         self.prompt = prompt
         self.tokens = tokens  # expected to be computed before the first token; 0 once that is there
@@ -72,19 +73,43 @@ class Lease:
             self.release()
 
 
+class Share:
+    """What `Admission.several` has let in.
+
+    Attributes:
+        places: how many of its prompts may be in the engine at once.
+        leases: of those that are.
+    """
+
+    __slots__ = ("leases", "places")
+
+    def __init__(self, places: int) -> None:
+        self.places = places
+        self.leases: list[Lease] = []
+
+
 class _Tenant:
     """Buckets and streams of one tenant."""
 
-    __slots__ = ("quota", "requests", "streams", "tokens")
+    __slots__ = ("held", "quota", "requests", "streams", "tokens")
 
     def __init__(self, quota: Quota, now: float) -> None:
         self.streams = 0
+        self.held = 0  # of these, places of shares
         self.apply(quota, now)
 
     def apply(self, quota: Quota, now: float) -> None:
         self.quota = quota
         self.requests = TokenBucket(quota.requests_per_s, now) if quota.requests_per_s is not None else None
         self.tokens = TokenBucket(quota.prompt_tokens_per_s, now) if quota.prompt_tokens_per_s is not None else None
+
+    def charge(self, prompt: int, streams: int) -> None:
+        """One request."""
+        if self.requests is not None:
+            self.requests.take(1)
+        if self.tokens is not None:
+            self.tokens.take(prompt)
+        self.streams += streams
 
 
 class Admission:
@@ -141,12 +166,14 @@ class Admission:
         *,
         shared: int = 0,
         timeout_s: float | None = None,
+        share: Share | None = None,
     ) -> Lease:
         """Let a prompt in, with one id per sample.
 
         Args:
             shared: prompt tokens that are surely there already (a fork).
             timeout_s: the request's own limit for waiting.
+            share: it is one of the prompts that this was given for; its tenant has been charged.
 
         Raises:
             RateLimitedError: the tenant's quota is used up for now.
@@ -154,16 +181,43 @@ class Admission:
         """
         now = self._clock()
         prompt = len(prepared.token_ids)
-        tokens = max(1, round((prompt - shared) * self._miss.value))
-        outputs = min(prepared.sampling.max_tokens, round(self._output.value))
-        size = self._info.block_size
-        blocks = -(-tokens // size) + len(ids) * -(-outputs // size)
-        tenant = self._within_quota(principal, prompt, len(ids), now)
-        if self.leases:
-            self._in_time(tokens, len(ids), blocks, now)
-        lease = Lease(self, principal, ids, prompt, tokens, blocks)
-        self._take(lease, tenant, timeout_s, now)
+        tenant = None if share is not None else self._within_quota(principal, prompt, len(ids), now)
+        tokens, blocks = self._in_time(prepared, len(ids), shared, now)
+        if tenant is not None:
+            tenant.charge(prompt, len(ids))
+        lease = Lease(self, tenant, ids, prompt, tokens, blocks)
+        if share is not None:
+            share.leases = [*(other for other in share.leases if other.ids), lease]
+        self._take(lease, timeout_s, now)
         return lease
+
+    @contextmanager
+    def several(self, principal: Principal, prompts: Sequence[PreparedPrompt], *, at_once: int) -> Iterator[Share]:
+        """Let a request of several prompts in; inside the block each of them is admitted with this share.
+
+        To its tenant it is one request with the tokens of all its prompts, charged at once: so the quota refuses all of it or
+        nothing. Its places count as streams of the tenant, up to `at_once`, as many as the tenant has left.
+
+        Raises:
+            RateLimitedError: as `admit`.
+            OverloadedError: as `admit` of the first prompt.
+        """
+        now = self._clock()
+        total = sum(len(prepared.token_ids) for prepared in prompts)
+        tenant = self._within_quota(principal, total, 1, now)
+        self._in_time(prompts[0], 1, 0, now)
+        limit = tenant.quota.streams
+        share = Share(at_once if limit is None else min(at_once, limit - tenant.streams))
+        tenant.charge(total, share.places)
+        tenant.held += share.places
+        try:
+            yield share
+        finally:
+            tenant.held -= share.places
+            tenant.streams -= share.places
+            for lease in share.leases:  # whose cancelling is still on its way
+                lease.tenant = tenant
+                tenant.streams += len(lease.ids)
 
     def _within_quota(self, principal: Principal, prompt: int, samples: int, now: float) -> _Tenant:
         tenant = self._tenants.get(principal.tenant)
@@ -199,7 +253,17 @@ class Admission:
             message = f"{self.waiting} requests are waiting already; try again later"
             raise OverloadedError(message, retry_after_s=self._soon(ahead / rate))
 
-    def _in_time(self, tokens: int, samples: int, blocks: int, now: float) -> None:
+    def _in_time(self, prepared: PreparedPrompt, samples: int, shared: int, now: float) -> tuple[int, int]:
+        """The prompt tokens and the blocks that are expected to be needed, which an idle server is never asked for in vain."""
+        tokens = max(1, round((len(prepared.token_ids) - shared) * self._miss.value))
+        outputs = min(prepared.sampling.max_tokens, round(self._output.value))
+        size = self._info.block_size
+        blocks = -(-tokens // size) + samples * -(-outputs // size)
+        if self.leases:
+            self._check_load(tokens, samples, blocks, now)
+        return tokens, blocks
+
+    def _check_load(self, tokens: int, samples: int, blocks: int, now: float) -> None:
         rate = self.prefill_rate.per_second(now)
         if self.waiting + samples > self._max_waiting:
             self.rejected("waiting")
@@ -224,12 +288,7 @@ class Admission:
                 "the KV cache is full of running requests; try again later", retry_after_s=self._soon(excess / rate)
             )
 
-    def _take(self, lease: Lease, tenant: _Tenant, timeout_s: float | None, now: float) -> None:
-        if tenant.requests is not None:
-            tenant.requests.take(1)
-        if tenant.tokens is not None:
-            tenant.tokens.take(lease.prompt)
-        tenant.streams += len(lease.ids)
+    def _take(self, lease: Lease, timeout_s: float | None, now: float) -> None:
         self.leases += 1
         self.waiting += len(lease.ids)
         self.backlog_tokens += lease.tokens
@@ -323,7 +382,8 @@ class Admission:
         lease.ids.discard(request_id)
         if lease.waiting:
             self.waiting -= 1
-        self._tenants[lease.principal.tenant].streams -= 1
+        if lease.tenant is not None:
+            lease.tenant.streams -= 1
         if lease.ids:
             return
         lease.waiting = False
@@ -350,5 +410,7 @@ class Admission:
         assert self.waiting == sum(len(lease.ids) for lease in leases if lease.waiting)
         assert self.backlog_tokens == sum(lease.tokens for lease in leases)
         assert self.blocks == sum(lease.blocks for lease in leases)
-        assert sum(tenant.streams for tenant in self._tenants.values()) == len(self._by_id)
+        counted = sum(len(lease.ids) for lease in leases if lease.tenant is not None)
+        assert sum(tenant.streams - tenant.held for tenant in self._tenants.values()) == counted
+        assert all(tenant.held >= 0 for tenant in self._tenants.values())
         assert math.isfinite(self._miss.value)

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from streamkv.errors import DrainingError, StreamKVError
 from streamkv.sampling_params import TokenLogprobs
-from streamkv.server.admission import Admission, Lease
+from streamkv.server.admission import Admission, Lease, Share
 from streamkv.server.principal import Principal
 from streamkv.text.events import Delta, Finished, PromptRead, StreamEvent
 from streamkv.text.streams import PreparedPrompt, TextStreams
@@ -84,15 +84,20 @@ class Generation:
         self.failure: StreamKVError | None = None
         self._released = False
 
-    async def open(self, prepared: PreparedPrompt, principal: Principal, *, priority: int = 0, salt: str = "") -> None:
+    async def open(
+        self, prepared: PreparedPrompt, principal: Principal, *, priority: int = 0, salt: str = "", share: Share | None = None
+    ) -> None:
         """Submit; from now on output arrives.
+
+        Args:
+            share: what it is part of, if its request has several prompts.
 
         Raises:
             StreamKVError: it is not admitted, or the engine refuses it.
         """
         if self.failure is not None:
             raise self.failure
-        lease = self._work.admission.admit(principal, prepared, list(self._ids))
+        lease = self._work.admission.admit(principal, prepared, list(self._ids), share=share)
         # Half-way through, the engine may have the request and we not its word: this is never interrupted, only outlived.
         self._opening = self._work.spawn(self._submit(lease, prepared, priority, salt))
         await asyncio.shield(self._opening)
