@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from streamkv.fused import FusedOps
+
 __all__ = ["AttentionBackend", "KVPool", "KVSpec", "LayerSpec", "Limits", "StepTensors"]
 
 
@@ -153,8 +155,8 @@ class AttentionBackend(Protocol):
         """What it accepts."""
 
     @property
-    def ops(self) -> Any:
-        """Optional fused functions by name (see docs/backends.md); None = torch's own modules."""
+    def ops(self) -> FusedOps | None:
+        """Fused functions in place of torch's modules; None = there are none."""
 
     def allocate_kv(self, spec: KVSpec) -> KVPool:
         """Allocate the pool, zeroed; `attend` uses the latest one.

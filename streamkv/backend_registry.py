@@ -11,7 +11,7 @@ from streamkv.attention import AttentionBackend, KVSpec, Limits
 from streamkv.entry_points import EntryPointGroup
 from streamkv.errors import BackendError
 
-__all__ = ["available", "check_spec", "load_backend"]
+__all__ = ["available", "backend_for", "load_backend"]
 
 _BACKENDS: Final = EntryPointGroup("streamkv.backends", "backend", BackendError)
 _MEMBERS: Final = ("name", "limits", "ops", "allocate_kv", "prepare", "attend")
@@ -61,6 +61,11 @@ def _automatic(device: str) -> tuple[AttentionBackend, str]:
         reason = f"auto: device {device} is asked for"
     else:
         reason = "auto: no cuda backend is installed"
+    if "cpu" in known and torch.device("cpu" if device == "auto" else device).type == "cpu":
+        try:
+            return load_backend("cpu", device)[0], reason
+        except BackendError as error:
+            reason += f"; the cpu backend cannot be used ({error.message})"
     return load_backend("torch", device)[0], reason
 
 
@@ -82,12 +87,18 @@ def _construct(name: str, factory: Any, device: str) -> AttentionBackend:
     return made
 
 
-def check_spec(backend: AttentionBackend, spec: KVSpec) -> None:
-    """Refuse a model that the backend cannot serve.
+def backend_for(name: str, backend: AttentionBackend, spec: KVSpec) -> tuple[AttentionBackend, str | None]:
+    """The backend that serves a model: the one made by `load_backend(name)`, or torch's if `name` leaves the choice to us.
+
+    Returns:
+        The backend, and why it is another one; None if it is not.
 
     Raises:
-        BackendError: what is outside its limits.
+        BackendError: the model is outside the limits of the backend that was asked for.
     """
     refusal = backend.limits.refusal(spec)
-    if refusal is not None:
-        raise BackendError(f"backend {backend.name!r} cannot serve this model: {refusal}")
+    if refusal is None:
+        return backend, None
+    if name == "auto" and backend.name != "torch":
+        return load_backend("torch", backend.limits.device)[0], f"backend {backend.name!r} cannot serve this model: {refusal}"
+    raise BackendError(f"backend {backend.name!r} cannot serve this model: {refusal}")

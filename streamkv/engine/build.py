@@ -12,9 +12,10 @@ import structlog
 import torch
 
 from streamkv.attention import KVSpec
-from streamkv.backend_registry import check_spec, load_backend
+from streamkv.backend_registry import backend_for, load_backend
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.engine.api import EngineInfo
 from streamkv.engine.config import EngineConfig
 from streamkv.engine.engine import InProcessEngine
@@ -123,11 +124,14 @@ def _load(config: EngineConfig) -> _Parts:
         load_format=config.load_format,
         max_model_len=config.max_model_len,
         seed=config.seed,
+        ops=backend.ops,
     )
     max_model_len = config.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:
         raise ConfigError(f"max_model_len {max_model_len} is more than the model's {model.max_model_len}", param="max_model_len")
-    check_spec(backend, KVSpec(1, config.block_size, model.dtype, model.layers))
+    backend, reason_of_change = backend_for(config.backend, backend, KVSpec(1, config.block_size, model.dtype, model.layers))
+    if reason_of_change is not None:
+        log.info("backend_chosen", backend=backend.name, reason=reason_of_change)
     num_blocks = num_blocks_for(
         model,
         backend,

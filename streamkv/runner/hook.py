@@ -20,8 +20,19 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
 from streamkv.attention import AttentionBackend
+from streamkv.fused import FusedOps
 
-__all__ = ["HOOK_NAME", "AttentionContext", "KVContext", "Probe", "attach", "attend_by", "register", "uses_interface"]
+__all__ = [
+    "HOOK_NAME",
+    "AttentionContext",
+    "KVContext",
+    "Probe",
+    "attach",
+    "attend_by",
+    "current_ops",
+    "register",
+    "uses_interface",
+]
 
 HOOK_NAME: Final = "streamkv"
 
@@ -128,6 +139,12 @@ def attend_by(module: Any, implementation: str) -> None:
 def uses_interface(cls: type) -> bool:
     """Whether the file that defines a class calls transformers' attention interface."""
     return hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+def current_ops() -> FusedOps | None:
+    """Fused functions of the backend whose pass is under way, if it has some."""
+    context = _CONTEXT.get()
+    return context.backend.ops if isinstance(context, KVContext) else None
 
 
 class _OwnAttention:

@@ -25,10 +25,12 @@ from transformers.utils import logging as transformers_logging
 
 from streamkv.attention import LayerSpec
 from streamkv.errors import ModelLoadError
+from streamkv.fused import FusedOps
 from streamkv.runner.architecture import attention_implementation, check_architecture, max_positions, pin_rope, probe_layers
 from streamkv.runner.folder import ModelFolder, check_folder
 from streamkv.runner.hook import register
-from streamkv.runner.packed_linear import pack_linears
+from streamkv.runner.packed_linear import pack_linear
+from streamkv.runner.rewrite import rewrite
 from streamkv.runner.weights import MappedWeights
 
 __all__ = ["LoadedModel", "load_model"]
@@ -76,6 +78,7 @@ def load_model(
     load_format: LoadFormat = "safetensors",
     max_model_len: int | None = None,
     seed: int = 0,
+    ops: FusedOps | None = None,
 ) -> LoadedModel:
     """Load a folder in Hugging Face's layout.
 
@@ -84,6 +87,7 @@ def load_model(
         dtype: `auto` takes what the folder declares.
         max_model_len: most tokens of a request, which rope tables are fixed for; None = what the model was made for.
         seed: of the random weights of `dummy`.
+        ops: fused functions of the backend that will attend.
 
     Raises:
         ModelLoadError: one sentence what is wrong with the folder.
@@ -103,7 +107,8 @@ def load_model(
     layers = probe_layers(module, config, target)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     count = sum(parameter.numel() for parameter in module.parameters())
-    packed = _pack(module, weights) if torch_dtype is torch.bfloat16 else 0  # last: it takes the plain weights away
+    fused = ops if ops is not None and ops.dtype is torch_dtype else None
+    rewritten = _rewrite(module, weights, fused)  # last: it takes the plain weights away
     model = LoadedModel(
         module=module,
         layers=layers,
@@ -121,7 +126,7 @@ def load_model(
         parameters=count,
         dtype=str(torch_dtype),
         layers=len(layers),
-        packed=packed,
+        rewritten=dict(rewritten),
         mapped_bytes=model.mapped_bytes,
         seconds=round(time.monotonic() - began, 2),
     )
@@ -220,31 +225,16 @@ def _check_report(report: dict[str, Any], path: Path) -> None:
         )
 
 
-def _pack(module: nn.Module, weights: MappedWeights) -> int:
-    """Pack linear layers one by one, each plain weight gone before the next is packed.
-
-    A projection to the vocabulary comes first, while no other page is in memory: where it is tied to the embedding, its plain
-    weight stays, and of that only the rows that are looked up.
-    """
+def _rewrite(module: nn.Module, weights: MappedWeights, ops: FusedOps | None) -> Counter[str]:
+    """Make the module fast; see `streamkv.runner.rewrite`."""
     weights.untouch()  # the probe read everything
-    head = id(module.get_output_embeddings())  # type: ignore[operator]  # a transformers module
-    places = [
-        (parent, name, child)
-        for parent in module.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    places.sort(key=lambda place: id(place[2]) != head)
-    packed = 0
-    while places:
-        parent, name, child = places.pop(0)
-        box = nn.ModuleList([child])
-        if pack_linears(box):
-            setattr(parent, name, box[0])
-            packed += 1
-            if packed == 1:
-                weights.untouch()
-    return packed
+
+    def pack(linear: nn.Linear) -> nn.Module | None:
+        packed = (ops.linear(linear) if ops is not None else None) or pack_linear(linear)
+        weights.untouch()  # what was read for it
+        return packed
+
+    return rewrite(module, ops, pack)
 
 
 def _dummy(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:

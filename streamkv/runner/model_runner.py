@@ -20,6 +20,7 @@ from streamkv.runner.loader import LoadedModel
 from streamkv.runner.logits_processor import LogitsProcessor
 from streamkv.runner.params import RowExtra, RowParams
 from streamkv.runner.prompt_reader import HiddenTap, PromptReader, Range
+from streamkv.runner.recordings import Recordings
 from streamkv.runner.sampling_tables import RowSampler
 
 __all__ = ["ModelRunner", "SkippedStepError"]
@@ -90,6 +91,7 @@ class ModelRunner:
         self._prompts = PromptReader()
         self._tap = tap
         self._failed = False
+        self._recordings = Recordings(backend, self._ask_model) if model.dtype is getattr(backend.ops, "dtype", None) else None
 
     @property
     def pool(self) -> KVPool:
@@ -155,7 +157,7 @@ class ModelRunner:
             keep = np.concatenate([keep, *(np.arange(part.first, part.first + part.end - part.start) for part in ranges)])
         if self._prompts.pools and self._tap is not None:
             self._tap.expect()
-        logits = self._forward(batch.tokens, batch.positions, keep)
+        logits = self._forward(batch.tokens, batch.positions, keep, decodes=len(batch.tokens) == len(batch.rows))
         return self._finish(batch, ranges, logits)
 
     def _pack(self, step: Step) -> _Batch:
@@ -187,20 +189,37 @@ class ModelRunner:
         return _Batch(rows, starts, counts, tokens, positions, query_start[1:].astype(np.int64) - 1, sampled)
 
     def _forward(
-        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], keep: npt.NDArray[np.int64]
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        keep: npt.NDArray[np.int64],
+        *,
+        decodes: bool = False,
     ) -> torch.Tensor:
-        """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all."""
+        """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all.
+
+        Args:
+            decodes: every sequence has one new token, as in the steps to come.
+        """
         device = self._model.device
         wanted = torch.from_numpy(keep) if len(keep) else torch.zeros(1, dtype=torch.long)
+        inputs = (torch.from_numpy(tokens)[None].to(device), torch.from_numpy(positions)[None].to(device), wanted.to(device))
+        if decodes and self._recordings is not None and not self._prompts.pools:
+            logits = self._recordings.run(inputs, self._context.metadata)
+        else:
+            logits = self._ask_model(*inputs)
+        return logits[: len(keep)]
+
+    def _ask_model(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         output = self._model.module(
-            input_ids=torch.from_numpy(tokens)[None].to(device),
-            position_ids=torch.from_numpy(positions)[None].to(device),
+            input_ids=tokens,
+            position_ids=positions,
             use_cache=False,
-            logits_to_keep=wanted.to(device),
+            logits_to_keep=keep,
             streamkv_context=self._context,
         )
         logits: torch.Tensor = output.logits[0]
-        return logits[: len(keep)]
+        return logits
 
     def _finish(self, batch: _Batch, ranges: list[Range], logits: torch.Tensor) -> Sampled:
         """Sample, and read what else is wanted. State changes last: a step that fails before leaves its rows as they were."""

@@ -1,4 +1,4 @@
-"""The runner's one rewrite of a model: linear layers in bfloat16 on the CPU get weights packed for oneDNN once, at load.
+"""Linear layers in bfloat16 on the CPU with weights packed for oneDNN once, at load.
 
 `torch.nn.functional.linear` lays a weight out anew on every call; for the few rows of a decode step that costs as much as
 the product. Packed once, the weight is read as it lies.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PackedLinear", "pack_linears"]
+__all__ = ["PackedLinear", "pack_linear"]
 
 
 class PackedLinear(nn.Module):
@@ -33,21 +33,9 @@ class PackedLinear(nn.Module):
         return result
 
 
-def pack_linears(module: nn.Module) -> int:
-    """Replace every plain `nn.Linear` below ``module`` whose weight can be packed.
-
-    A weight that is shared (tied embeddings) stays where it is and gets a packed copy; the others are freed.
-
-    Returns:
-        How many were replaced.
-    """
-    replaced = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and _can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child))
-                replaced += 1
-    return replaced
+def pack_linear(linear: nn.Linear) -> PackedLinear | None:
+    """A packed copy of a layer whose weight can be packed, else None. The plain weight is the caller's to drop."""
+    return PackedLinear(linear) if _can_pack(linear.weight) else None
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from streamkv.attention import KVSpec, LayerSpec, Limits
-from streamkv.backend_registry import available, check_spec, load_backend
+from streamkv.backend_registry import available, backend_for, load_backend
 from streamkv.errors import BackendError
+from streamkv_backends.cpu import build, native
 from streamkv_backends.torch_backend import TorchBackend
 
 PEBBLE = "tests.backends.third_party.streamkv_pebble"
@@ -59,10 +60,24 @@ def test_import_string_needs_no_metadata() -> None:
     assert reason == f"asked for by import string {PEBBLE}:PebbleBackend"
 
 
-def test_auto_without_a_gpu_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_a_gpu_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     without_gpu(monkeypatch)
     backend, reason = load_backend("auto")
-    assert (backend.name, reason) == ("torch", "auto: torch sees no CUDA device")
+    assert (backend.name, reason) == ("cpu", "auto: torch sees no CUDA device")
+
+
+def test_auto_without_a_gpu_and_without_a_compiler_is_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    without_gpu(monkeypatch)
+    native.library.cache_clear()
+    monkeypatch.setattr(build, "_PREBUILT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    backend, reason = load_backend("auto")
+    assert backend.name == "torch"
+    assert reason == (
+        "auto: torch sees no CUDA device; the cpu backend cannot be used (the cpu backend needs a C++ compiler the first time; "
+        "install g++ or clang++, or use --backend torch)"
+    )
 
 
 GPU_BACKENDS = {
@@ -70,10 +85,10 @@ GPU_BACKENDS = {
     "cannot work here": (
         "def Backend(device): raise BackendError('the driver is too old')",
         "auto",
-        "torch",
+        "cpu",
         "auto: the cuda backend cannot be used (the driver is too old)",
     ),
-    "CPU is asked for": ("class Backend(PebbleBackend): ...", "cpu", "torch", "auto: device cpu is asked for"),
+    "CPU is asked for": ("class Backend(PebbleBackend): ...", "cpu", "cpu", "auto: device cpu is asked for"),
 }
 
 
@@ -93,7 +108,7 @@ def test_auto_with_a_gpu_and_no_backend_for_it(monkeypatch: pytest.MonkeyPatch) 
     if "cuda" in available():
         pytest.skip("this build has a CUDA backend")
     backend, reason = load_backend("auto")
-    assert (backend.name, reason) == ("torch", "auto: no cuda backend is installed")
+    assert (backend.name, reason) == ("cpu", "auto: no cuda backend is installed")
 
 
 def test_backends_are_imported_late() -> None:
@@ -246,15 +261,23 @@ class Narrow(TorchBackend):
 @pytest.mark.parametrize("sentence", REFUSALS)
 def test_a_model_outside_the_limits_is_refused(sentence: str) -> None:
     with pytest.raises(BackendError) as caught:
-        check_spec(Narrow(), REFUSALS[sentence])
+        backend_for("narrow", Narrow(), REFUSALS[sentence])
     assert caught.value.message == f"backend 'narrow' cannot serve this model: {sentence}"
     with pytest.raises(BackendError, match=re.escape(sentence)):
         Narrow().allocate_kv(REFUSALS[sentence])
 
 
 def test_a_model_within_the_limits_is_served() -> None:
-    check_spec(Narrow(), SPEC)
-    assert Narrow().allocate_kv(SPEC).spec == SPEC
+    backend = Narrow()
+    assert backend_for("narrow", backend, SPEC) == (backend, None)
+    assert backend.allocate_kv(SPEC).spec == SPEC
+
+
+@pytest.mark.parametrize("sentence", REFUSALS)
+def test_where_the_choice_is_ours_torch_serves_what_the_first_one_cannot(sentence: str) -> None:
+    backend, reason = backend_for("auto", Narrow(), REFUSALS[sentence])
+    assert backend.name == "torch"
+    assert reason == f"backend 'narrow' cannot serve this model: {sentence}"
 
 
 def test_a_pool_that_does_not_fit_is_refused_with_its_size() -> None:

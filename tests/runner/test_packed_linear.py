@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from streamkv.runner.loader import load_model
-from streamkv.runner.packed_linear import PackedLinear, pack_linears
+from streamkv.runner.packed_linear import PackedLinear, pack_linear
+from streamkv.runner.rewrite import rewrite
 from tests.runner.tiny import save_tiny
 
 
@@ -28,15 +29,27 @@ def test_as_exact_as_torch(rows: int, bias: bool) -> None:
     assert error <= 2 * (plain(given).float() - wanted).abs().max()
 
 
+class Tied(nn.Module):
+    """An embedding, something inside, and a head with the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 16, dtype=torch.bfloat16)
+        self.inner = nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16))
+        self.head = nn.Linear(16, 32, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embedding.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
 @torch.inference_mode()
 def test_only_bfloat16_is_packed_and_tied_weights_stay() -> None:
-    assert pack_linears(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.float16))) == 0
-    embedding = nn.Embedding(32, 16, dtype=torch.bfloat16)
-    head = nn.Linear(16, 32, bias=False, dtype=torch.bfloat16)
-    head.weight = embedding.weight
-    model = nn.ModuleDict({"embedding": embedding, "inner": nn.Sequential(nn.Linear(16, 16, dtype=torch.bfloat16)), "head": head})
-    assert pack_linears(model) == 2
-    assert type(model["head"]) is PackedLinear
+    assert pack_linear(nn.Linear(8, 8)) is None
+    assert pack_linear(nn.Linear(8, 8, dtype=torch.float16)) is None
+    model = Tied().requires_grad_(False)
+    assert rewrite(model, None, pack_linear) == {"linear": 2}
+    assert type(model.head) is PackedLinear
     assert [name for name, _ in model.named_parameters()] == ["embedding.weight"], "plain weights are freed, shared ones are not"
 
 

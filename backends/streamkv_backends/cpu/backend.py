@@ -8,19 +8,21 @@ A sequence's result depends on nothing but its own tokens: not on the batch, nor
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref
+from ctypes import byref, c_void_p, pointer
 from typing import Any, Final
 
 import torch
 
 from streamkv.attention import KVSpec, LayerSpec, Limits, StepTensors
 from streamkv.errors import BackendError
-from streamkv_backends.cpu.native import Call, Shape, Step, library
+from streamkv_backends.cpu.native import Attend, Call, Shape, Step, library
+from streamkv_backends.cpu.ops import CpuOps
+from streamkv_backends.cpu.tape import Recorded
 from streamkv_backends.tensor_pool import TensorPool
 
 __all__ = ["CpuBackend", "CpuKVPool", "CpuMetadata"]
 
-_HEAD_DIMS: Final = frozenset(range(16, 257, 16))
+_HEAD_DIMS: Final = frozenset({*range(16, 257, 16), 512})
 _BLOCK_SIZES: Final = frozenset({16, 32, 64, 128})
 ITEM_KINDS: Final = ("whole", "prefix", "suffix", "part", "merge")
 
@@ -89,7 +91,6 @@ class CpuBackend:
     """See the module's docstring."""
 
     name = "cpu"
-    ops = None
 
     def __init__(self, device: torch.device | str = "cpu", *, native: Any = None) -> None:
         """Load the kernels, compiled the first time.
@@ -103,7 +104,9 @@ class CpuBackend:
         if torch.device("cpu" if device == "auto" else device).type != "cpu":
             raise BackendError(f"the cpu backend runs on the processor, not on {device}; leave --device at auto")
         self._native = library() if native is None else native
+        self.ops = CpuOps(self._native)
         self._pool: CpuKVPool | None = None
+        self._shapes: list[LayerSpec] = []  # the different ones among its layers
 
     @property
     def limits(self) -> Limits:
@@ -116,6 +119,7 @@ class CpuBackend:
         if refusal is not None:
             raise BackendError(refusal)
         self._pool = CpuKVPool(spec)
+        self._shapes = list(dict.fromkeys(spec.layers))
         return self._pool
 
     def prepare(self, tensors: StepTensors) -> CpuMetadata:
@@ -137,7 +141,7 @@ class CpuBackend:
         spec, pool = self._pool.spec.layers[layer], self._pool.layers[layer]
         query, key, value = _rows(query, pool.dtype), _rows(key, pool.dtype), _rows(value, pool.dtype)
         logits = None if sinks is None else sinks.float().contiguous()
-        output = torch.empty((metadata.num_tokens, spec.num_heads, spec.head_dim), dtype=pool.dtype)
+        output = self.ops.empty((metadata.num_tokens, spec.num_heads, spec.head_dim), pool.dtype)
         call = Call(
             pool.data_ptr(),
             query.data_ptr(),
@@ -151,7 +155,17 @@ class CpuBackend:
             pool.dtype is torch.float32,
         )
         self._native.skv_attend(metadata.plan(spec).address, byref(call))
+        self.ops.note("attend", Attend(pointer(call), self._shapes.index(spec)))
         return output
+
+    def replay(self, recorded: Recorded, inputs: tuple[torch.Tensor, ...], metadata: CpuMetadata) -> torch.Tensor | None:
+        """Run a recorded pass again, over another step's sequences; as many tokens as when it was recorded.
+
+        Returns:
+            Its result, overwritten by the next replay; None if this step has to go through Python.
+        """
+        plans = (c_void_p * len(self._shapes))(*(metadata.plan(spec).address for spec in self._shapes))
+        return recorded.replay(inputs, plans)
 
 
 def _rows(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch  # noqa: F401  # see above: before the library
 from streamkv.errors import BackendError
 from streamkv_backends.cpu.build import detect, find_or_build
 
-__all__ = ["Call", "Shape", "Step", "library", "load"]
+__all__ = ["Add", "Attend", "Call", "Gate", "Norm", "Op", "Rotate", "Shape", "Step", "library", "load"]
 
 
 class Step(ctypes.Structure):
@@ -50,11 +50,64 @@ class Call(ctypes.Structure):
     ]
 
 
+class Norm(ctypes.Structure):
+    """Root mean square norm (`rows.h`)."""
+
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("outer_stride", c_int64),
+        ("inner_stride", c_int64),
+        *((name, c_int32) for name in ("outer", "inner", "width", "round_first")),
+        ("weight", c_void_p),
+        ("eps", c_float),
+        ("offset", c_float),
+        ("out", c_void_p),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """out = act(gate) * up."""
+
+    _fields_: ClassVar = [("x", c_void_p), *((name, c_int32) for name in ("rows", "width", "kind")), ("out", c_void_p)]
+
+
+class Add(ctypes.Structure):
+    """out = a + b."""
+
+    _fields_: ClassVar = [*((name, c_void_p) for name in ("a", "b", "out")), ("count", c_int64)]
+
+
+class Rotate(ctypes.Structure):
+    """Rotary position embedding of queries and keys."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("query", "key", "cos", "sin")),
+        *((f"{name}_{axis}", c_int64) for name in ("query", "key") for axis in ("token", "head")),
+        *((name, c_int32) for name in ("tokens", "query_heads", "key_heads", "dim")),
+        ("query_out", c_void_p),
+        ("key_out", c_void_p),
+    ]
+
+
+class Attend(ctypes.Structure):
+    """An attention layer in a recorded step (`run.cpp`)."""
+
+    _fields_: ClassVar = [("call", POINTER(Call)), ("shape", c_int32)]
+
+
+class Op(ctypes.Structure):
+    """One operation of a recorded step."""
+
+    _fields_: ClassVar = [("kind", c_int32), ("call", c_void_p)]
+
+
 _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "skv_plan": (c_void_p, (POINTER(Step), POINTER(Shape))),
     "skv_plan_free": (None, (c_void_p,)),
     "skv_plan_kinds": (None, (c_void_p, c_void_p)),
     "skv_attend": (None, (c_void_p, c_void_p)),
+    **{f"skv_{name}": (None, (c_void_p,)) for name in ("norm", "gate", "add", "rotate")},
+    "skv_run": (None, (c_void_p, c_int32, c_void_p)),
 }
 
 

@@ -29,7 +29,7 @@ namespace {
 constexpr int TILE = 16, CHUNK = 128, TILES = CHUNK / TILE;
 constexpr int ROWS = 32;     // most query rows that share what is loaded
 constexpr int R_MAX = 6;     // rows of a register tile
-constexpr int MAX_DIM = 256; // of a head
+constexpr int MAX_DIM = 512; // of a head
 constexpr float NOTHING = -1e30f;  // maximum of no scores; finite, so that differences stay numbers
 
 // One query row: head `group` of KV head h reads head h * G + group of token `token`, which stands at `position`.

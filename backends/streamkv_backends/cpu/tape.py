@@ -1,0 +1,212 @@
+"""What a forward pass does, written down while it runs, to be run again without its Python: the processor's CUDA graph.
+
+The pass runs once under a `Tape`. Native calls add themselves; operations of torch in between are seen by a dispatch mode.
+Views need nothing, they are addresses already; an addition becomes a native call; any other operation is called again with the
+same tensors, and its result copied to where it lay. Buffers for results come from the tape's arena and go back to it
+when nobody holds them any more, so a step needs as much memory as it has live at once.
+
+Where Python was told a value, and may have decided by it, the value must come again, or the recording is not the pass. A pass
+that reads whole tensors into Python (`tolist`) is not recorded: nobody sees what it does with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from streamkv_backends.cpu.native import Add, Op
+
+__all__ = ["KINDS", "Arena", "NotRecordableError", "OtherPathError", "Recorded", "Tape", "Watch"]
+
+KINDS: Final = {"attend": 0, "linear": 1, "norm": 2, "gate": 3, "add": 4, "rotate": 5}
+_ALIGN: Final = 64
+_use_count: Final[Callable[[int], int]] = torch._C._storage_Use_Count  # noqa: SLF001  # as torch's own CUDA graph trees do
+
+
+class NotRecordableError(Exception):
+    """The pass reads a tensor into Python."""
+
+
+class OtherPathError(Exception):
+    """A recorded pass met a value that Python decides by, and it is not the one of the recording."""
+
+
+class Arena:
+    """Buffers by size; one is handed out again when only the arena holds it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[int, list[torch.Tensor]] = {}
+        self.num_bytes = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor whose content is arbitrary."""
+        count = 1
+        for size in shape:
+            count *= size
+        num_bytes = max(_ALIGN, -(-count * dtype.itemsize // _ALIGN) * _ALIGN)
+        buffers = self._buffers.setdefault(num_bytes, [])
+        for buffer in buffers:
+            if _use_count(buffer.untyped_storage()._cdata) == 1:  # noqa: SLF001  # see above
+                break
+        else:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            buffers.append(buffer)
+            self.num_bytes += num_bytes
+        return buffer.view(dtype)[:count].view(shape)
+
+
+class Recorded:
+    """A pass that can be run again with other inputs of the same shapes."""
+
+    def __init__(self, native: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, tape: Tape) -> None:
+        self._native = native
+        self._inputs, self._output = inputs, output
+        self._keep: list[Any] = [tape.arena]
+        self._parts: list[tuple[Any, int] | _TorchCall] = []
+        self.num_bytes = tape.arena.num_bytes
+        self.num_native = self.num_torch = 0
+        run: list[tuple[int, Any]] = []
+        for part in [*tape.parts, None]:
+            if isinstance(part, tuple):
+                run.append(part)
+                continue
+            if run:
+                operations = (Op * len(run))(*(Op(kind, ctypes.addressof(call)) for kind, call in run))
+                self._parts.append((operations, len(run)))
+                self._keep.append(list(run))
+                self.num_native += len(run)
+                run = []
+            if part is not None:
+                self._parts.append(part)
+                self.num_torch += 1
+
+    def replay(self, inputs: tuple[torch.Tensor, ...], plans: Any) -> torch.Tensor | None:
+        """Run again; the result is overwritten by the next run. None = this step has to go through Python.
+
+        Args:
+            plans: addresses of the step's attention plans, by shape.
+        """
+        for to, value in zip(self._inputs, inputs, strict=True):
+            to.copy_(value)
+        try:
+            for part in self._parts:
+                if isinstance(part, tuple):
+                    self._native.skv_run(part[0], part[1], plans)
+                else:
+                    part.again()
+        except OtherPathError:
+            return None
+        return self._output
+
+
+class _TorchCall:
+    """An operation of torch that is called again as it was."""
+
+    def __init__(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self._function, self._args, self._kwargs = function, args, kwargs
+        # What works in place has left its result where the next one looks for it.
+        self._results = () if function._schema.is_mutable else _tensors(result)  # noqa: SLF001  # the only way to ask
+        self._shapes = [value.shape for value in self._results]
+        self._said = result if isinstance(result, (bool, int, float)) else None
+
+    def again(self) -> None:
+        """Once more.
+
+        Raises:
+            OtherPathError: Python was told another value when the pass was recorded, and may have done something else with this.
+        """
+        result = self._function(*self._args, **self._kwargs)
+        if self._said is not None and result != self._said:
+            raise OtherPathError
+        values = _tensors(result)
+        if [value.shape for value in values] != self._shapes and self._results:
+            raise OtherPathError
+        for to, value in zip(self._results, values, strict=False):
+            to.copy_(value)
+
+
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Collects what a pass does while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        self.parts: list[tuple[int, Any] | _TorchCall] = []
+        self.arena = Arena()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch imports its compiler, seconds long, to keep it away from here."""
+        return False
+
+    def native(self, kind: str, call: Any) -> None:
+        """A native call was made.
+
+        What it points to stays where it is: weights are the model's, results of torch's operations are kept with those, and
+        the arena's buffers are recycled in the order of the calls, which is the order in which they run again.
+        """
+        self.parts.append((KINDS[kind], call))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every operation below Python."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.add.Tensor and _plain_add(args, kwargs):
+            left, right = args
+            out = self.arena.empty(tuple(left.shape), left.dtype)
+            self.native("add", Add(left.data_ptr(), right.data_ptr(), out.data_ptr(), left.numel()))
+            return torch.ops.aten.add.out(left, right, out=out)
+        result = func(*args, **kwargs)
+        if func in _EMPTY or _is_view(func, _tensors((args, tuple(kwargs.values()))), _tensors(result)):
+            return result
+        self.parts.append(_TorchCall(func, args, kwargs, result))
+        return result
+
+
+_EMPTY: Final = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
+
+
+class Watch(TorchFunctionMode):
+    """Sees what a dispatch mode does not: tensors that become Python's without an operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Called by torch for every function of its Python interface."""
+        if func in _READS:
+            raise NotRecordableError(f"{func.__name__} hands a tensor to Python")
+        return func(*args, **(kwargs or {}))
+
+
+_READS: Final = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+
+
+def _plain_add(args: Any, kwargs: Any) -> bool:
+    if len(args) != 2 or kwargs or not all(isinstance(arg, torch.Tensor) for arg in args):
+        return False
+    left, right = args
+    return (
+        left.dtype is right.dtype is torch.bfloat16
+        and left.shape == right.shape
+        and left.is_contiguous()
+        and right.is_contiguous()
+        and left.numel() % 16 == 0
+    )
+
+
+def _is_view(function: Any, given: tuple[torch.Tensor, ...], result: tuple[torch.Tensor, ...]) -> bool:
+    """Whether results lie in their inputs' memory and nothing is written. By address: `to` is said to alias also if it copies."""
+    if function._schema.is_mutable or not result:  # noqa: SLF001  # the only way to ask
+        return False
+    # Weights that oneDNN has laid out have no storage.
+    memory = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.layout is torch.strided}
+    return all(tensor.untyped_storage().data_ptr() in memory for tensor in result)
+
+
+def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    if isinstance(value, (list, tuple)):
+        return tuple(tensor for item in value for tensor in _tensors(item))
+    return ()

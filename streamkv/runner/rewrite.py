@@ -1,0 +1,288 @@
+"""The runner's one rewriter: a loaded model's modules give way to faster ones that compute the same.
+
+    linear layers         weights laid out once, at load; those that read the same input merged into one product
+    norms, gated MLPs     one call instead of six
+    rotary embedding      one call for queries and keys
+
+Nothing is known of families. A module is replaced if it has the parts that its replacement needs **and** gives the same numbers
+on a random input: what is unknown, or does something beside, stays as it is. transformers' code still drives the model, and
+the untouched module is the oracle in the tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from streamkv.fused import Activation, FusedOps
+from streamkv.runner.hook import current_ops
+
+__all__ = ["rewrite"]
+
+_MERGES: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_NORM_STYLES: Final = ((0.0, True), (0.0, False), (1.0, False))  # (added to the weight, rounded before the product)
+_ACTIVATIONS: Final[tuple[Activation, ...]] = ("silu", "gelu_tanh")
+_ROTATE: Final = "apply_rotary_pos_emb"
+_LANES: Final = 16
+
+Pack = Callable[[nn.Linear], nn.Module | None]
+
+
+def rewrite(module: Any, ops: FusedOps | None, pack: Pack) -> Counter[str]:
+    """Replace what can be replaced, in place; plain weights are dropped one by one.
+
+    Args:
+        ops: the backend's; None = only linear layers are packed.
+        pack: makes a packed layer of a plain one, or None.
+
+    Returns:
+        How many modules of each kind were replaced.
+    """
+    done: Counter[str] = Counter()
+    head = module.get_output_embeddings()
+    # First, while no other page of a mapped file is in memory: tied to the embedding, its plain weight stays.
+    _pack_children(_parents_of(module, head), lambda linear: pack(linear) if linear is head else None, done)
+    for parent in list(module.modules()):
+        if ops is not None:
+            _fuse_norms(parent, ops, done)
+            activation = _gated_by(parent, ops)
+            for names in _MERGES:
+                _merge(parent, names, pack, done)
+            if activation is not None and isinstance(getattr(parent, _MERGES[1][0]), _Part):
+                _fuse_gate(parent, activation, ops, pack, done)
+        _pack_children([parent], pack, done)
+    if ops is not None:
+        _fuse_rotation(module, ops, done)
+    return done
+
+
+def _parents_of(module: nn.Module, child: nn.Module) -> list[nn.Module]:
+    return [parent for parent in module.modules() if any(one is child for one in parent.children())]
+
+
+def _pack_children(parents: list[nn.Module], pack: Pack, done: Counter[str]) -> None:
+    for parent in parents:
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and (packed := pack(child)) is not None:
+                setattr(parent, name, packed)
+                done["linear"] += 1
+
+
+# -- merged products ----------------------------------------------------------------------------------------------------
+
+
+class _Merged:
+    """Several layers that read the same input, as one; not a module, so that its weight is nobody's child twice."""
+
+    def __init__(self, packed: nn.Module, widths: list[int]) -> None:
+        self.packed = packed
+        self._widths = widths
+        self._given: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, ...] = ()
+
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The output of layer `index`; computed with all others when an input comes for the first time."""
+        if x is not self._given:
+            self._given, self._parts = x, torch.split(self.packed(x), self._widths, dim=-1)
+        part = self._parts[index]
+        if index == len(self._widths) - 1:
+            self._given, self._parts = None, ()  # the last one that a model asks for: keep nothing beyond the layer
+        return part
+
+
+class _Part(nn.Module):
+    """Stands where one of the merged layers stood."""
+
+    def __init__(self, merged: _Merged, index: int, out_features: int) -> None:
+        super().__init__()
+        self.merged, self.index, self.out_features = merged, index, out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features], a view."""
+        return self.merged.part(self.index, x)
+
+
+def _merge(parent: nn.Module, names: tuple[str, ...], pack: Pack, done: Counter[str]) -> None:
+    layers = [getattr(parent, name, None) for name in names]
+    plain: list[nn.Linear] = [layer for layer in layers if type(layer) is nn.Linear]
+    if (
+        len(plain) < len(names)
+        or len({layer.in_features for layer in plain}) > 1
+        or len({id(layer) for layer in plain}) < len(names)
+    ):
+        return
+    first = plain[0]
+    biased = any(layer.bias is not None for layer in plain)
+    with torch.device("meta"):
+        whole = nn.Linear(first.in_features, sum(layer.out_features for layer in plain), bias=biased, dtype=first.weight.dtype)
+    whole.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in plain]), requires_grad=False)
+    if biased:
+        zeros = first.weight.new_zeros
+        biases = [zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in plain]
+        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    packed = pack(whole)
+    if packed is None:
+        return
+    merged = _Merged(packed, [layer.out_features for layer in plain])
+    for index, (name, layer) in enumerate(zip(names, plain, strict=True)):
+        setattr(parent, name, _Part(merged, index, layer.out_features))
+    done["merged"] += 1
+
+
+# -- gated MLPs ---------------------------------------------------------------------------------------------------------
+
+
+class _GatedMLP(nn.Module):
+    """down(act(gate(x)) · up(x))."""
+
+    def __init__(self, gate_up: nn.Module, down: nn.Module, activation: Activation, ops: FusedOps) -> None:
+        super().__init__()
+        self.gate_up, self.down_proj = gate_up, down
+        self._activation, self._ops = activation, ops
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        result: torch.Tensor = self.down_proj(self._ops.gate(self.gate_up(x), self._activation))
+        return result
+
+
+def _gated_by(parent: nn.Module, ops: FusedOps) -> Activation | None:
+    """The activation with which a module with the parts of a gated MLP is one, by its numbers; None if it is something else."""
+    parts = [getattr(parent, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not all(type(part) is nn.Linear for part in parts):
+        return None
+    gate, up, down = (part for part in parts if isinstance(part, nn.Linear))
+    if gate.out_features != up.out_features or up.out_features % _LANES or gate.weight.dtype is not ops.dtype:
+        return None
+    given = _random(3, gate.in_features, like=gate.weight)
+    wanted = _try(parent, given)
+    both = torch.cat([gate(given), up(given)], dim=-1)
+    return next((name for name in _ACTIVATIONS if _same(down(ops.gate(both, name)), wanted)), None)
+
+
+def _fuse_gate(parent: Any, activation: Activation, ops: FusedOps, pack: Pack, done: Counter[str]) -> None:
+    """The module keeps its name and its hooks, its parts go."""
+    fused = _GatedMLP(parent.gate_proj.merged.packed, parent.down_proj, activation, ops)
+    _pack_children([fused], pack, done)
+    for name in list(parent._modules):  # noqa: SLF001  # no public way to empty a module
+        delattr(parent, name)
+    parent.fused = fused
+    parent.forward = fused.forward
+    done["gate"] += 1
+
+
+# -- norms --------------------------------------------------------------------------------------------------------------
+
+
+class _Norm(nn.Module):
+    """Root mean square norm by the backend."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, style: tuple[float, bool], ops: FusedOps) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._eps, (self._offset, self._round_first), self._ops = eps, style, ops
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width]."""
+        return self._ops.rms_norm(x, self.weight, self._eps, offset=self._offset, round_first=self._round_first)
+
+
+def _fuse_norms(parent: nn.Module, ops: FusedOps, done: Counter[str]) -> None:
+    for name, child in list(parent.named_children()):
+        fused = _norm(child, ops)
+        if fused is not None:
+            setattr(parent, name, fused)
+            done["norm"] += 1
+
+
+def _norm(module: nn.Module, ops: FusedOps) -> _Norm | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, torch.Tensor) or not isinstance(eps, float) or list(module.children()) or isinstance(module, _Norm):
+        return None
+    if weight.dim() != 1 or weight.dtype is not ops.dtype or len(weight) % _LANES or len(list(module.parameters())) > 1:
+        return None
+    given = _random(3, len(weight), like=weight)
+    wanted = _try(module, given)
+    for style in _NORM_STYLES:
+        fused = _Norm(weight, eps, style, ops)
+        if _same(fused(given), wanted):
+            return fused
+    return None
+
+
+# -- rotary embedding ---------------------------------------------------------------------------------------------------
+
+
+def _fuse_rotation(module: nn.Module, ops: FusedOps, done: Counter[str]) -> None:
+    """Families keep the function in the file of their attention; there it is replaced, for passes that run with our context."""
+    for name in {type(layer).__module__ for layer in module.modules()}:
+        file = sys.modules.get(name)
+        original = getattr(file, _ROTATE, None)
+        if original is None or isinstance(original, _Rotation) or not _rotates_halves(original, ops):
+            done["rotation"] += isinstance(original, _Rotation)
+            continue
+        setattr(file, _ROTATE, _Rotation(original))
+        done["rotation"] += 1
+
+
+class _Rotation:
+    """`apply_rotary_pos_emb(q, k, cos, sin)` by the ops of the context that is entered, or as ever."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        ops = current_ops()
+        if ops is None or args or kwargs or not _fits(q, k, cos, ops):
+            return self._original(q, k, cos, sin, *args, **kwargs)
+        return ops.rotate(q, k, cos, sin)
+
+
+def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, ops: FusedOps) -> bool:
+    return (
+        q.dtype is k.dtype is cos.dtype is ops.dtype
+        and q.dim() == 4
+        and q.shape[0] == cos.shape[0] == 1
+        and cos.dim() == 3
+        and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        and q.shape[-1] % (2 * _LANES) == 0
+    )
+
+
+def _rotates_halves(function: Any, ops: FusedOps) -> bool:
+    like = torch.empty(0, dtype=ops.dtype)
+    q, k, cos, sin = (_random(1, heads, 3, 64, like=like) for heads in (2, 1, 1, 1))
+    wanted = _try(function, q, k, cos[:, 0], sin[:, 0])
+    if not isinstance(wanted, tuple) or len(wanted) != 2:
+        return False
+    return all(_same(one, other) for one, other in zip(ops.rotate(q, k, cos[:, 0], sin[:, 0]), wanted, strict=True))
+
+
+# -- proofs -------------------------------------------------------------------------------------------------------------
+
+
+def _random(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+
+
+def _try(module: Any, *given: torch.Tensor) -> Any:
+    """What a module makes of some input; None if it wants something else."""
+    try:
+        return module(*given)
+    except Exception:  # any: it is not what it looks like, and stays
+        return None
+
+
+def _same(one: torch.Tensor, other: Any) -> bool:
+    """Equal but for the last bit of some numbers: sums are taken in another order."""
+    if not isinstance(other, torch.Tensor) or one.shape != other.shape or one.dtype is not other.dtype:
+        return False
+    difference, scale = (one.float() - other.float()).abs(), other.float().abs()
+    last_bit = torch.finfo(one.dtype).eps
+    return bool((difference <= 2 * last_bit * torch.maximum(scale, scale.mean())).all())
