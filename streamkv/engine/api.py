@@ -61,6 +61,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         fork_of: a request whose prompt and output this prompt begins with; while it lives their blocks are shared copy-on-write,
             later through the prefix cache. Needs its salt.
         first_branch: branch of the first id; a fork takes branches that nobody of its family has, so that it goes its own way.
+        inherited: how many of the last prompt tokens are output of those that it was forked from; penalties count them as output.
     """
 
     ids: tuple[str, ...]
@@ -73,6 +74,7 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     pooling: Pooling | None = None
     fork_of: str | None = None
     first_branch: int = 0
+    inherited: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

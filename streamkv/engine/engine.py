@@ -65,6 +65,7 @@ class _Asked:
     sampling: Sampling
     branch: int
     pooling: Pooling | None
+    inherited: int = 0
     reported: int = 0
 
 
@@ -154,7 +155,7 @@ class InProcessEngine:
             fork_of=request.fork_of,
         )
         for branch, request_id in enumerate(request.ids, request.first_branch):
-            self._asked[request_id] = _Asked(sampling, branch, request.pooling)
+            self._asked[request_id] = _Asked(sampling, branch, request.pooling, request.inherited)
         self._idle.clear()
         self._wake.set()
 
@@ -265,7 +266,9 @@ class InProcessEngine:
         for row, request_id in step.admitted:
             asked = self._asked[request_id]
             tokens, num_prompt = self._scheduler.tokens_of(request_id)
-            params[row] = RowParams(asked.sampling, asked.branch, tuple(tokens), num_prompt, asked.reported, asked.pooling)
+            params[row] = RowParams(
+                asked.sampling, asked.branch, tuple(tokens), num_prompt, asked.reported, asked.pooling, asked.inherited
+            )
         return params
 
     async def _finish_oldest(self) -> None:

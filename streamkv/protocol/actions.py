@@ -19,14 +19,12 @@ class ForkOf:
         output: the parent's own output tokens that the fork keeps.
         chars: characters of the parent's text that the client has of them; None = not known, so that nothing is said twice.
         added: text or messages that follow, or None.
-        max_tokens_given: the request says how many tokens to generate; else it is what the parent has left.
     """
 
     record: Any
     output: tuple[int, ...]
     chars: int | None
     added: Any
-    max_tokens_given: bool
 
 
 @dataclass(frozen=True, slots=True)

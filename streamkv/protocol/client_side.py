@@ -92,10 +92,9 @@ class ClientSide:
             raise InvalidRequestError(wrong, param="at")
         if message.max is not None and message.max < at:
             raise InvalidRequestError("max is an offset of the fork, and must be at least `at`", param="max")
-        asked = read_fork(message.body, parent.body, codec, self._served, len(ids))
         output = tuple(parent.output[: at - parent.base])
-        fork = ForkOf(parent.record, output, parent.chars_at(at), asked.added, asked.max_tokens_given)
-        return self._open(ids, message, asked.request, now, base=at, fork=fork)
+        request, added = read_fork(message.body, parent.body, codec, self._served, len(ids), len(output))
+        return self._open(ids, message, request, now, base=at, fork=ForkOf(parent.record, output, parent.chars_at(at), added))
 
     def _open(
         self,

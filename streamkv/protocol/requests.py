@@ -13,10 +13,13 @@ from streamkv.protocol import messages as m
 from streamkv.protocol.bodies import Parsed, ParsedBody, parse_body
 from streamkv.sampling_params import MAX_N
 
-__all__ = ["ForkRequest", "Request", "Served", "check_numbers", "ids_of", "is_id", "read_create", "read_fork", "require_id"]
+__all__ = ["Request", "Served", "check_numbers", "ids_of", "is_id", "read_create", "read_fork", "require_id"]
 
 _ID: Final = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 _ID_RULE: Final = "1 to 64 characters A-Z a-z 0-9 _ . -"
+_LENGTHS: Final = ("max_tokens", "max_completion_tokens")
+_PARENTS_OWN: Final = ("n", "echo", "prompt_logprobs")
+"""Fields that a fork does not inherit: what is to be said of the prompt has been said, and as many samples as ids are meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +44,6 @@ class Request:
     api: str
     body: dict[str, Any]
     size: int
-
-
-@dataclass(frozen=True, slots=True)
-class ForkRequest:
-    """The parent's body with what the fork changes.
-
-    Attributes:
-        added: text or messages that follow the parent's output, or None.
-        max_tokens_given: the fork says how many tokens to generate.
-    """
-
-    request: Request
-    added: Any
-    max_tokens_given: bool
 
 
 def is_id(text: str) -> bool:
@@ -107,24 +96,46 @@ def read_create(message: m.Create, codec: m.Codec, served: Served, num_ids: int)
 
 
 def read_fork(
-    overrides: msgspec.Raw, parent: tuple[str, dict[str, Any]], codec: m.Codec, served: Served, num_ids: int
-) -> ForkRequest:
+    overrides: msgspec.Raw, parent: tuple[str, dict[str, Any]], codec: m.Codec, served: Served, num_ids: int, kept: int
+) -> tuple[Request, Any]:
     """The body of a `fork`: what it gives overrides its parent's.
 
+    Args:
+        kept: tokens of the parent's own output that the fork goes on from.
+
+    Returns:
+        The body, and the text or messages that follow the parent's output, or None: then it goes on in mid-text.
+
     Raises:
-        InvalidRequestError: see `parse_body`; or the parent generates nothing.
+        InvalidRequestError: see `parse_body`; or the parent generates nothing, or has nothing left to generate.
     """
     api, original = parent
     own: Any = codec.decode_any(overrides) if bytes(overrides) else {}
     if not isinstance(own, dict):
         raise InvalidRequestError("body must be an object", param="body")
-    # Its parent is echoed already, and as many samples as ids are meant.
-    merged = {key: value for key, value in (original | own).items() if key not in ("n", "echo")}
-    request = _read(api, msgspec.Raw(codec.encode(merged)), codec, served, num_ids)
+    adds = ("messages" if api == "chat" else "prompt") in own
+    inherited = {key: value for key, value in original.items() if key not in _PARENTS_OWN}
+    if any(key in own for key in _LENGTHS):
+        inherited = {key: value for key, value in inherited.items() if key not in _LENGTHS}
+    if not adds:
+        inherited = _left(inherited, kept)
+    own = {key: value for key, value in own.items() if key not in ("n", "echo")}
+    request = _read(api, msgspec.Raw(codec.encode(inherited | own)), codec, served, num_ids)
     if not isinstance(request.parsed, ParsedBody):
         raise InvalidRequestError("only streams that generate can be forked", param="from")
-    added = request.parsed.prompt if ("messages" if api == "chat" else "prompt") in own else None
-    return ForkRequest(request, added, any(key in own for key in ("max_tokens", "max_completion_tokens")))
+    return request, request.parsed.prompt if adds else None
+
+
+def _left(body: dict[str, Any], kept: int) -> dict[str, Any]:
+    """A body whose counts of tokens to generate are those that are left after the first `kept`."""
+    for key in _LENGTHS:
+        if body.get(key) is not None:
+            if body[key] <= kept:
+                raise InvalidRequestError("the parent has no token left to generate; give max_tokens", param="body.max_tokens")
+            body = body | {key: body[key] - kept}
+    if body.get("min_tokens") is not None:
+        body = body | {"min_tokens": max(0, body["min_tokens"] - kept)}
+    return body
 
 
 def _read(api: str, body: msgspec.Raw, codec: m.Codec, served: Served, num_ids: int) -> Request:

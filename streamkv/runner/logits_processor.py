@@ -57,7 +57,7 @@ class LogitsProcessor(Protocol):
         Args:
             arguments: have passed `check`.
             tokens: prompt and output so far.
-            num_prompt: how many of them are prompt.
+            num_prompt: how many of them are prompt; the output of a fork begins where that of its family did.
         """
 
     def append(self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> None:

@@ -20,6 +20,7 @@ class RowParams:
         num_prompt: how many of them are prompt.
         reported: prompt tokens whose log-probabilities have been reported already, before a preemption.
         pooling: None, or how the prompt's last hidden states become one vector.
+        inherited: how many of the prompt's last tokens are output of those that it was forked from.
     """
 
     sampling: Sampling
@@ -28,6 +29,12 @@ class RowParams:
     num_prompt: int = 0
     reported: int = 0
     pooling: Pooling | None = None
+    inherited: int = 0
+
+    @property
+    def num_asked(self) -> int:
+        """Tokens before the first that counts as output."""
+        return self.num_prompt - self.inherited
 
     @property
     def prompt_logprobs(self) -> int | None:

@@ -47,7 +47,7 @@ class PenaltyTables:
         self._counts: npt.NDArray[np.int32] = np.zeros((0, 0), np.int32)
 
     def admit(self, row: int, sampling: Sampling, tokens: Sequence[int], num_prompt: int) -> None:
-        """A request takes over a row; `tokens` are prompt and output so far."""
+        """A request takes over a row; `tokens` are prompt and output so far, a fork's output begins where its family's did."""
         factors = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
         self._used[row] = factors != (1.0, 0.0, 0.0)
         if not self._used[row]:

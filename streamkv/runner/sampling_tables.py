@@ -123,13 +123,13 @@ class RowSampler:
             params.branch,
             -1 if sampling.logprobs is None else sampling.logprobs,
         )
-        self._penalties.admit(row, sampling, params.tokens, params.num_prompt)
+        self._penalties.admit(row, sampling, params.tokens, params.num_asked)
         self._masks.admit(row, sampling, params.tokens, params.num_prompt)
         wanted = dict(sampling.processors)
         for name, asked in self._asked.items():
             asked[row] = name in wanted
             if asked[row]:
-                self._processors[name].admit(row, wanted[name], params.tokens, params.num_prompt)
+                self._processors[name].admit(row, wanted[name], params.tokens, params.num_asked)
 
     def append(self, rows: _Ints, tokens: Sequence[int]) -> None:
         """The sampled tokens become part of their rows' history; called once the whole step has succeeded.

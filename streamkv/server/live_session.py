@@ -301,14 +301,7 @@ class LiveSession:
         if body.is_chat and fork.added is not None:
             body = msgspec.structs.replace(body, prompt=[*self._said(record, fork), *fork.added])
             return await streams.prepare(body.prompt, body.params, is_chat=True, tools=body.tools), body, record
-        prepared = await streams.prepare_fork(
-            record.prepared,
-            fork.output,
-            body.params,
-            chars=fork.chars,
-            added=fork.added,
-            max_tokens_given=fork.max_tokens_given,
-        )
+        prepared = await streams.prepare_fork(record.prepared, fork.output, body.params, chars=fork.chars, added=fork.added)
         return prepared, msgspec.structs.replace(body, prompt=record.body.prompt), record
 
     def _said(self, record: _Record, fork: ForkOf) -> list[Any]:

@@ -6,7 +6,6 @@ import asyncio
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -63,7 +62,6 @@ class Preparer:
         *,
         chars: int | None,
         added: str | list[int] | None,
-        max_tokens_given: bool,
     ) -> PreparedPrompt:
         """A stream that goes on from another one's output.
 
@@ -71,7 +69,6 @@ class Preparer:
             output: what it keeps of the parent's own tokens.
             chars: characters of the parent's text that its reader has of them; None = not known.
             added: text or token ids that follow, or None.
-            max_tokens_given: `params` say how many tokens to generate; else it is what the parent has left.
         """
         self._check(params)
         token_ids = [*parent.token_ids, *output]
@@ -80,11 +77,6 @@ class Preparer:
                 await self._run(self._tokenizer.encode_more, added) if isinstance(added, str) else self._checked(added, "prompt")
             )
             return await self._prepared([*token_ids, *more], params, "prompt")
-        if not max_tokens_given:
-            left = parent.sampling.max_tokens - len(output)
-            if left < 1:
-                raise InvalidRequestError("the parent has no token left to generate; give max_tokens", param="max_tokens")
-            params = replace(params, max_tokens=left)
         prepared = await self._prepared(token_ids, params, "prompt")
         inherited = parent.inherited + len(output)
         return msgspec.structs.replace(prepared, inherited=inherited, inherited_chars=chars, echo="")

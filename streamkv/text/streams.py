@@ -111,11 +111,10 @@ class TextStreams:
         *,
         chars: int | None = None,
         added: str | list[int] | None = None,
-        max_tokens_given: bool = True,
     ) -> PreparedPrompt:
         """As `prepare`, for a stream that goes on from another one's output; see `Preparer.fork`."""
         self._require_alive()
-        return await self._preparer.fork(parent, output, params, chars=chars, added=added, max_tokens_given=max_tokens_given)
+        return await self._preparer.fork(parent, output, params, chars=chars, added=added)
 
     async def prepare_embedding(self, prompt: str | list[int], pooling: Pooling = "last") -> PreparedPrompt:
         """As `prepare`, for one vector of the prompt, which comes with its last event."""
@@ -171,6 +170,7 @@ class TextStreams:
                     pooling=prepared.pooling,
                     fork_of=fork_of,
                     first_branch=first_branch,
+                    inherited=prepared.inherited,
                 )
             )
         except BaseException:

@@ -1,6 +1,6 @@
 """Plant bugs one by one; every one must turn a test red: ``python tests/mutants/run.py [FOLDER or NAME ...]``.
 
-Each patch in `core/`, `protocol/` and `server/` is applied to a copy of the sources, and the tests of that part are run. It
+Each patch in the folders here is applied to a copy of the sources, and the tests of that part are run. It
 counts as noticed only if tests ran and one of them failed: a patch that does not apply, or that merely breaks an import, is an
 error of the patch and fails this run.
 """
@@ -29,6 +29,7 @@ TESTS: Final = {
         "tests/protocol/test_session.py",
     ),
     "server": ("tests/server/test_resume.py",),
+    "forks": ("tests/server/test_fork.py",),
 }
 """Of each folder of patches, the tests that must notice them; the cheapest first."""
 COPIED: Final = ("streamkv", "tests", "pyproject.toml")

@@ -42,7 +42,7 @@ def new_session(codec: m.Codec = m.CODECS["streamkv.v1.json"], limits: SessionLi
         epoch="e",
         server="t",
         models=("fake",),
-        max_model_len=100,
+        max_model_len=100_000,
         now=now,
     )
 

@@ -151,7 +151,7 @@ class SessionMachine(Table):
             known = stream is not None and stream.record is not None
             where = stream.num_tokens if stream is not None and at is None else at
             fits = known and stream.base <= where <= stream.num_tokens and (credit is None or credit >= where)
-            made = known and fits
+            made = known and fits and self.by_key[stream.key].wanted == "text"
             if made:
                 family, run = self.by_key[stream.key], self.engine.run(stream.key)
                 self.new_lives(ids, credit, True, where, family.wanted)

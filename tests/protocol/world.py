@@ -21,7 +21,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "score": {"score": Score(-3.0, 3)},
 }
 BODIES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "text": lambda _: {"api": "completions", "body": {"prompt": "p", "max_tokens": 50}},
+    "text": lambda _: {"api": "completions", "body": {"prompt": "p", "max_tokens": 50_000}},
     "prompt": lambda _: {"api": "completions", "body": {"prompt": "p", "max_tokens": 0, "prompt_logprobs": 0}},
     "embedding": lambda count: {"api": "embeddings", "body": {"input": ["p"] * count}},
     "score": lambda count: {"api": "score", "body": {"input": ["p"] * count, "prompt": "q", "logprobs": 0}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,13 @@ class Said:
 
 @pytest.fixture
 async def home(folder: Path) -> AsyncIterator[Home]:
-    async with Engine(EngineConfig(model=str(folder), num_blocks=256, block_size=BLOCK, max_model_len=256)) as engine:
+    async with at_home(folder) as home:
+        yield home
+
+
+@asynccontextmanager
+async def at_home(folder: Path, num_blocks: int = 256) -> AsyncIterator[Home]:
+    async with Engine(EngineConfig(model=str(folder), num_blocks=num_blocks, block_size=BLOCK, max_model_len=256)) as engine:
         server = Server(engine.streams, ServerConfig(port=0, limits=LIMITS))
         async with server.listening(), aiohttp.ClientSession() as http:
             socket = await http.ws_connect(f"ws://127.0.0.1:{server.port}/v1/stream", protocols=["streamkv.v1.json"])
@@ -107,6 +114,11 @@ async def home(folder: Path) -> AsyncIterator[Home]:
             await raw.receive()
             yield Home(engine, server, raw)
             await socket.close()
+
+
+def _ids(home: Home, stream_id: str) -> list[int]:
+    """All tokens of a stream whose prompt is `TEXT`."""
+    return [*home.engine.streams.tokenizer.encode(TEXT), *home.output(stream_id)]
 
 
 def borders(ended: Ended) -> dict[int, str]:
@@ -119,7 +131,22 @@ def borders(ended: Ended) -> dict[int, str]:
     return found
 
 
-@pytest.mark.parametrize("body", [{}, {"stop": ["e d", "q"]}, {"echo": True}, {"skip_special_tokens": False}])
+PENALTIES: dict[str, float] = {"presence_penalty": 0.4, "frequency_penalty": 0.9, "repetition_penalty": 1.3}
+"""Each changes what the model says; all together, the last leaves little to do for the others."""
+FEW = list(range(100, 116))
+"""With so few words every one is said again and again, so that each count matters."""
+BODIES: list[dict[str, Any]] = [
+    {},
+    {"stop": ["e d", "q"]},
+    {"echo": True},
+    {"skip_special_tokens": False},
+    {"prompt_logprobs": 0},
+    *({name: value} for name, value in PENALTIES.items()),
+    {"min_tokens": 15, "logit_bias": {"511": 100}, "stop_token_ids": [511]},
+]
+
+
+@pytest.mark.parametrize("body", BODIES)
 async def test_a_greedy_fork_goes_on_as_its_parent_from_every_border(home: Home, body: dict[str, Any]):
     parent = await home.run("p", TEXT, **body)
     own = parent.text.removeprefix(TEXT if body.get("echo") else "")
@@ -131,7 +158,51 @@ async def test_a_greedy_fork_goes_on_as_its_parent_from_every_border(home: Home,
         assert (fork.start, fork.end) == (at, parent.count)
         assert fork.last["usage"]["completion"] == parent.count - at
         assert fork.prompt == parent.last["usage"]["prompt"] + at
-        assert fork.cached >= (fork.prompt - 1) // BLOCK * BLOCK, "what the parent has computed is computed again"
+        if "prompt_logprobs" not in body:  # such a parent leaves nothing in the cache
+            assert fork.cached >= (fork.prompt - 1) // BLOCK * BLOCK, "what the parent has computed is computed again"
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+async def test_penalties_matter_to_what_these_forks_say(home: Home, name: str):
+    """Else the test above would show nothing."""
+    plain = await home.run("plain", TEXT)
+    penalised = await home.run("penalised", TEXT, **{name: PENALTIES[name]})
+    assert home.output("plain") != home.output("penalised")
+    # Tokens that were said before the fork count: without them it would go another way.
+    forgetful = await home.run("fresh", [*_ids(home, "penalised")[:-10]], **{name: PENALTIES[name]}, max_tokens=10)
+    assert (forgetful.text == penalised.text[-len(forgetful.text) :]) == (name == "repetition_penalty")
+    assert plain.count == penalised.count
+
+
+async def test_a_fork_that_loses_its_blocks_still_counts_what_its_parent_said(folder: Path):
+    async with at_home(folder, num_blocks=22) as home:
+        parent = await home.run("p", TEXT, frequency_penalty=0.9, allowed_token_ids=FEW, max_tokens=80)
+        at, before = next((at, text) for at, text in borders(parent).items() if at >= 20)
+        await home.raw.create("other", TEXT[::-1], temperature=0, max_tokens=110)
+        await home.raw.wait_for_type("delta", "other")  # it has come first, so it is the fork that must give way
+        fork = await home.fork("p", "f", at)
+        assert fork.last["why"]["preemptions"] > 0
+        assert before + fork.text == parent.text
+        assert home.output("f") == home.output("p")[at:]
+
+
+async def test_more_of_a_conversation_is_asked_not_said(home: Home):
+    """What follows a fork's parent makes all of it a prompt: nothing before it is output."""
+    await home.run("p", TEXT, frequency_penalty=0.9)
+    fork = await home.fork("p", "f", 10, body={"prompt": " and then"})
+    ids = [*_ids(home, "p")[:-10], *home.engine.streams.tokenizer.encode_more(" and then")]
+    fresh = await home.run("fresh", ids, frequency_penalty=0.9)
+    assert (fork.text, fork.end - (fork.start or 0)) == (fresh.text, fresh.count)
+
+
+async def test_lengths_that_a_fork_does_not_name_are_what_its_parent_has_left(home: Home):
+    await home.run("p", TEXT, max_tokens=20, min_tokens=12)
+    assert (await home.fork("p", "f", 15)).end == 20
+    assert (await home.fork("f", "ff", 18)).end == 20
+    assert (await home.fork("p", "g", 15, body={"max_completion_tokens": 9})).end == 24
+    assert (await home.fork("p", "spent", 20)).last["param"] == "body.max_tokens"
+    await home.run("q", TEXT, max_tokens=None, max_completion_tokens=20)
+    assert (await home.fork("q", "qf", 15)).end == 20
 
 
 async def test_a_fork_of_a_live_parent_shares_its_blocks_and_leaves_it_alone(home: Home):
