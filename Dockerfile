@@ -1,30 +1,45 @@
 # The CPU service. torch from PyPI brings gigabytes of CUDA; give pip an index with CPU builds:
-#   docker build --build-arg PIP_EXTRA_INDEX_URL=<index with CPU builds of torch> -t streamkv .
+#   docker build --build-arg PIP_EXTRA_INDEX_URL=<index with CPU builds of torch> -t streamkv:cpu .
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${PYTHON_IMAGE} AS dependencies
+# pip reads them from its environment; empty ones it ignores.
+ARG PIP_INDEX_URL=""
 ARG PIP_EXTRA_INDEX_URL=""
 ARG PIP_FIND_LINKS=""
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-RUN python3 -m venv /opt/streamkv
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+RUN python3 -m venv --without-pip /opt/streamkv
 WORKDIR /src
-# Dependencies first: they change less often than the sources.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir -p streamkv backends/streamkv_backends kernels_cuda/streamkv_kernels \
+COPY pyproject.toml constraints.txt ./
+# What the sources need, without the sources: they change more often, and must not make this large layer anew.
+RUN touch README.md LICENSE && mkdir -p streamkv backends/streamkv_backends kernels_cuda/streamkv_kernels \
     && printf '__version__ = "0"\n' > streamkv/__init__.py \
     && touch backends/streamkv_backends/__init__.py kernels_cuda/streamkv_kernels/__init__.py \
-    && /opt/streamkv/bin/python -m pip install --constraint constraints.txt . \
-    && /opt/streamkv/bin/python -m pip uninstall --yes streamkv
+    && python3 -m pip --python /opt/streamkv/bin/python install --constraint constraints.txt . \
+    && python3 -m pip --python /opt/streamkv/bin/python uninstall --yes streamkv
+# Tests, test programs and C++ headers of libraries: nothing here runs or compiles against them.
+RUN cd /opt/streamkv/lib/python3*/site-packages \
+    && rm -rf torch/test torch/include torch/share torch/bin/test_* torch/bin/*Test torch/bin/protoc* \
+    && find . -type d -name tests -prune -exec rm -rf {} +
+
+FROM dependencies AS wheel
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY README.md LICENSE ./
 COPY streamkv streamkv
 COPY backends backends
 COPY kernels_cuda kernels_cuda
-RUN /opt/streamkv/bin/python -m pip install --no-deps .
+# The kernels for processors, for every instruction set: the service has no compiler, and no folder to write to.
+RUN PYTHONPATH=/src:/src/backends python3 -c "from streamkv_backends.cpu.build import prebuild; prebuild()" \
+    && python3 -m pip wheel --no-deps --wheel-dir /wheel .
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --create-home streamkv
-COPY --from=build /opt/streamkv /opt/streamkv
+COPY --from=dependencies /opt/streamkv /opt/streamkv
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    python3 -m pip --python /opt/streamkv/bin/python install --no-cache-dir --no-index --no-deps --root-user-action ignore /wheel/*.whl
 ENV PATH=/opt/streamkv/bin:$PATH PYTHONUNBUFFERED=1
-USER streamkv
+# By number, so that whoever starts it can tell that it is not root.
+USER 10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=2)"]

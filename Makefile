@@ -7,10 +7,10 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 
-.PHONY: help install serve chat test smoke lint format bench mutants clean
+.PHONY: help install serve chat test smoke lint format bench mutants compose-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(STAMP)  ## create .venv with everything in it
 
@@ -46,6 +46,9 @@ mutants: install  ## plant bugs one by one; every one must turn a test red
 bench: install  ## the short benchmarks; docs/benchmarks.md lists all
 	@$(BIN)/python -m benchmarks.core
 	@$(BIN)/python -m benchmarks.server
+
+compose-check: install  ## build and try the containers for real, with docker or podman (docs/deploy.md)
+	@$(BIN)/python -m tests.containers.check $(ARGS)
 
 clean:  ## remove what was built
 	@rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import shutil
 import socket
@@ -20,12 +19,9 @@ import yaml
 from streamkv.engine.fake import fake_info
 from streamkv.observe.lag import LoopLag
 from streamkv.observe.metrics import Metrics
+from tests.observe.dashboards import DASHBOARDS, FILES, PANELS, ROOT, VARIABLES, label_queries, queries
 from tests.server.serving import DEADLINE_S, serving
 
-ROOT = Path(__file__).resolve().parents[2]
-FILES = ROOT / "docs" / "observability"
-DASHBOARD = json.loads((FILES / "grafana" / "dashboards" / "streamkv.json").read_text())
-PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 ADMIN = "an-admin-key-of-a-test-0123456789abcdef"
 
@@ -47,17 +43,30 @@ def test_every_panel_asks_for_metrics_that_exist():
     assert own <= asked, f"on no panel: {own - asked}"
 
 
-def test_panels_are_told_apart_and_do_not_overlap():
-    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+@pytest.mark.parametrize("dashboard", DASHBOARDS.values(), ids=DASHBOARDS)
+def test_panels_are_told_apart_and_do_not_overlap(dashboard: dict[str, Any]):
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     cells = set()
-    for panel in DASHBOARD["panels"]:
+    for panel in dashboard["panels"]:
         place = panel["gridPos"]
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
                 assert x < 24
                 assert (x, y) not in cells, panel["title"]
                 cells.add((x, y))
-    assert {panel["datasource"]["uid"] for panel in PANELS} == {"${datasource}"}
+
+
+def test_every_query_goes_to_the_data_source_that_is_chosen():
+    sources = [panel["datasource"] for panel in PANELS]
+    sources += [variable["datasource"] for variable in VARIABLES.values() if variable["type"] == "query"]
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
+    assert VARIABLES["datasource"]["query"] == "prometheus"
+
+
+def test_every_variable_is_declared_and_used():
+    asked = " ".join(target["expr"] for panel in PANELS for target in panel["targets"])
+    used = set(re.findall(r"\$(\w+)", asked)) - {"__rate_interval"}
+    assert used == label_queries().keys() == VARIABLES.keys() - {"datasource"}
 
 
 def test_the_compose_profile_mounts_what_is_there_and_pins_what_is_not_ours():
@@ -73,12 +82,15 @@ def test_the_compose_profile_mounts_what_is_there_and_pins_what_is_not_ours():
                 assert mode == ["ro"]
             else:
                 assert source in COMPOSE["volumes"]
-    assert COMPOSE["secrets"]["streamkv_admin_key"] == {"environment": "STREAMKV_ADMIN_KEY"}
 
 
 def test_grafanas_provisioning_finds_the_dashboard_and_prometheus():
     provisioning = FILES / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert (source["type"], source["isDefault"]) == ("prometheus", True)
+    (job,) = yaml.safe_load((FILES / "prometheus.yml").read_text())["scrape_configs"]
+    interval = job.get("scrape_interval") or yaml.safe_load((FILES / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == interval, "Grafana takes rates over four of these"
     host, port = source["url"].removeprefix("http://").split(":")
     assert host in COMPOSE["services"]
     assert COMPOSE["services"][host]["ports"][0].endswith(f":{port}")
@@ -87,10 +99,14 @@ def test_grafanas_provisioning_finds_the_dashboard_and_prometheus():
     assert (ROOT / mounted[provider["options"]["path"]] / "streamkv.json").exists()
 
 
-def test_prometheus_is_told_the_services_port_and_the_secrets_place():
+def test_prometheus_is_told_the_services_port_and_the_keys_place():
     (job,) = yaml.safe_load((FILES / "prometheus.yml").read_text())["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["streamkv:8000"]}]
-    assert job["authorization"]["credentials_file"] == "/run/secrets/streamkv_admin_key"
+    assert COMPOSE["services"]["streamkv"]["ports"][0].endswith(":8000")
+    place = job["authorization"]["credentials_file"]
+    service = COMPOSE["services"]["prometheus"]
+    assert f"> {place};" in service["command"][0]
+    assert service["tmpfs"][0].split(":")[0] == str(Path(place).parent), "in memory only"
 
 
 # -- the real programs ------------------------------------------------------------------------------------------------
@@ -172,8 +188,7 @@ async def test_prometheus_scrapes_a_server_and_every_panel_has_data(tmp_path: Pa
             (target,) = (await ask(http, f"{base}/api/v1/targets"))["activeTargets"]
             assert (target["health"], target["lastError"]) == ("up", "")
             for panel in PANELS:
-                for query in panel["targets"]:
-                    expression = re.sub(r"\$(job|instance|model_name)\b", ".*", query["expr"]).replace("$__rate_interval", "1m")
+                for expression in queries(panel, "1m"):
                     data = await ask(http, f"{base}/api/v1/query", query=expression)
                     assert data["result"], f"{panel['title']}: {expression}"
             data = await ask(http, f"{base}/api/v1/query", query="vllm:request_success_total{finished_reason='length'}")
