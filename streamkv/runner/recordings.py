@@ -82,7 +82,6 @@ class Recordings:
         kept = self._kept[key] = _Kept(recorded)
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
-        log.debug("step_recorded", tokens=key[0], native=recorded.num_native, torch=recorded.num_torch, bytes=recorded.num_bytes)
         first = output.clone()
         again: torch.Tensor | None = self._backend.replay(recorded, inputs, metadata)
         return first if again is None else self._prove(kept, again, first)

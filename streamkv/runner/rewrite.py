@@ -44,10 +44,10 @@ def rewrite(module: Any, ops: FusedOps | None, pack: Pack) -> Counter[str]:
         How many modules of each kind were replaced.
     """
     done: Counter[str] = Counter()
-    head = module.get_output_embeddings()
     # First, while no other page of a mapped file is in memory: tied to the embedding, its plain weight stays.
-    _pack_children(_parents_of(module, head), lambda linear: pack(linear) if linear is head else None, done)
-    for parent in list(module.modules()):
+    _pack_head(module, pack, done)
+    # No list of linear layers: it would keep every plain weight until the end.
+    for parent in [one for one in module.modules() if not isinstance(one, nn.Linear)]:
         if ops is not None:
             _fuse_norms(parent, ops, done)
             activation = _gated_by(parent, ops)
@@ -61,8 +61,14 @@ def rewrite(module: Any, ops: FusedOps | None, pack: Pack) -> Counter[str]:
     return done
 
 
-def _parents_of(module: nn.Module, child: nn.Module) -> list[nn.Module]:
-    return [parent for parent in module.modules() if any(one is child for one in parent.children())]
+def _pack_head(module: Any, pack: Pack, done: Counter[str]) -> None:
+    head = module.get_output_embeddings()
+    for parent in module.modules():
+        for name, child in list(parent.named_children()):
+            if child is head and type(child) is nn.Linear and (packed := pack(child)) is not None:
+                setattr(parent, name, packed)
+                done["linear"] += 1
+                return
 
 
 def _pack_children(parents: list[nn.Module], pack: Pack, done: Counter[str]) -> None:
@@ -116,19 +122,22 @@ def _merge(parent: nn.Module, names: tuple[str, ...], pack: Pack, done: Counter[
         or len({id(layer) for layer in plain}) < len(names)
     ):
         return
-    first = plain[0]
+    first, widths = plain[0], [layer.out_features for layer in plain]
     biased = any(layer.bias is not None for layer in plain)
     with torch.device("meta"):
-        whole = nn.Linear(first.in_features, sum(layer.out_features for layer in plain), bias=biased, dtype=first.weight.dtype)
+        whole = nn.Linear(first.in_features, sum(widths), bias=biased, dtype=first.weight.dtype)
     whole.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in plain]), requires_grad=False)
     if biased:
         zeros = first.weight.new_zeros
         biases = [zeros(layer.out_features) if layer.bias is None else layer.bias.detach() for layer in plain]
         whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    # The layers live on in the whole one: never three copies at once, and nothing is lost if it cannot be packed.
+    for layer, weight in zip(plain, torch.split(whole.weight.detach(), widths), strict=True):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
     packed = pack(whole)
     if packed is None:
         return
-    merged = _Merged(packed, [layer.out_features for layer in plain])
+    merged = _Merged(packed, widths)
     for index, (name, layer) in enumerate(zip(names, plain, strict=True)):
         setattr(parent, name, _Part(merged, index, layer.out_features))
     done["merged"] += 1
