@@ -78,7 +78,8 @@ class Client:
         """Answer a conversation.
 
         Args:
-            sampling: fields of OpenAI's body and of docs/protocol.md: max_tokens, temperature, stop, tools, ... and `priority`.
+            sampling: fields of OpenAI's body and of docs/protocol.md: max_tokens, temperature, stop, tools, ...; and
+                `priority` and `traceparent`, which are fields of the message around it.
         """
         return self._create("chat", {"messages": list(messages)}, 1, sampling)[0]
 
@@ -121,20 +122,21 @@ class Client:
         return [stream.done for stream in streams if stream.done is not None]
 
     def _create(self, api: str, body: dict[str, Any], n: int, sampling: dict[str, Any]) -> list[Stream]:
-        priority = sampling.pop("priority", 0)
+        outer = _message_fields(sampling)
         encoded = msgspec.Raw(self._where.codec.encode(body | sampling))
 
         def make(ids: list[str], limit: int | None) -> m.Create:
-            return m.Create(api, encoded, ids=ids, max=limit, priority=priority)
+            return m.Create(api, encoded, ids=ids, max=limit, **outer)
 
         return self._begin(n, 0, len(bytes(encoded)), make)
 
-    def fork(self, parent: Stream, n: int, at: int, body: dict[str, Any], priority: int) -> list[Stream]:
+    def fork(self, parent: Stream, n: int, at: int, body: dict[str, Any]) -> list[Stream]:
         """New streams from token `at` of an old one; see `Stream.fork`."""
+        outer = _message_fields(body)
         encoded = msgspec.Raw(self._where.codec.encode(body))
 
         def make(ids: list[str], limit: int | None) -> m.Fork:
-            return m.Fork(parent.id, ids=ids, at=at, body=encoded, max=limit, priority=priority)
+            return m.Fork(parent.id, ids=ids, at=at, body=encoded, max=limit, **outer)
 
         return self._begin(n, at, len(bytes(encoded)), make)
 
@@ -332,6 +334,11 @@ class Client:
 
     def _forget(self, stream_id: str) -> None:
         del self._streams[stream_id], self._made[stream_id]
+
+
+def _message_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Take out what belongs into `create` or `fork` themselves, not into their body."""
+    return {name: given.pop(name) for name in ("priority", "traceparent") if name in given}
 
 
 @asynccontextmanager

@@ -37,7 +37,7 @@ class _Owner(Protocol):
     def send_soon(self, make: Callable[[], m.ClientMessage | None]) -> None:
         """Send what `make` gives, if it still gives something when the connection takes it."""
 
-    def fork(self, parent: Stream, n: int, at: int, body: dict[str, Any], priority: int) -> list[Stream]:
+    def fork(self, parent: Stream, n: int, at: int, body: dict[str, Any]) -> list[Stream]:
         """New streams from a token of an old one."""
 
 
@@ -157,12 +157,11 @@ class Stream:
             sampling: overrides; without `max_tokens` they have what this stream has left.
         """
         body = dict(sampling)
-        priority = body.pop("priority", 0)
         if messages is not None:
             body["messages"] = list(messages)
         if prompt is not None:
             body["prompt"] = prompt
-        return self._owner.fork(self, n, self.num_tokens if at is None else at, body, priority)
+        return self._owner.fork(self, n, self.num_tokens if at is None else at, body)
 
     @property
     def ended(self) -> bool:

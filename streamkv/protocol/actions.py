@@ -34,6 +34,7 @@ class OpenStreams:
     Attributes:
         keys: names of the streams between session and shell, never used twice; a client may give an id a second life.
         credit: output tokens that the client accepts; None = no limit.
+        traceparent: as it came.
     """
 
     keys: tuple[str, ...]
@@ -41,6 +42,7 @@ class OpenStreams:
     priority: int
     credit: int | None = None
     fork: ForkOf | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,7 +115,8 @@ class ClientSide:
                 stream.inherited_chars = fork.chars
             keys.append(stream.key)
         own_credit = None if credit is None else credit - base
-        return self._table.start(OpenStreams(tuple(keys), request.parsed, message.priority, own_credit, fork))
+        wish = OpenStreams(tuple(keys), request.parsed, message.priority, own_credit, fork, message.traceparent)
+        return self._table.start(wish)
 
     # -- streams that exist ---------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class Hello(_Message, tag="hello", frozen=True):
 
 
 class Create(_Message, tag="create", frozen=True):
-    """A new stream, or one per sample with `ids`. `body` is the OpenAI HTTP body of that API."""
+    """A new stream, or one per sample with `ids`. `body` is the OpenAI HTTP body of that API, `traceparent` W3C's header."""
 
     api: str
     body: msgspec.Raw
@@ -75,6 +75,7 @@ class Create(_Message, tag="create", frozen=True):
     max: int | None = None
     on_disconnect: Literal["grace", "cancel"] = "grace"
     priority: int = 0
+    traceparent: str | None = None
 
 
 class Credit(_Message, tag="credit", frozen=True):
@@ -111,6 +112,7 @@ class Fork(_Message, tag="fork", frozen=True):
     max: int | None = None
     on_disconnect: Literal["grace", "cancel"] = "grace"
     priority: int = 0
+    traceparent: str | None = None
 
 
 class Ping(_Message, tag="ping", frozen=True):

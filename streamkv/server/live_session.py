@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from streamkv.errors import StreamKVError, UnauthorizedError
+from streamkv.observe.context import OPERATION, TRACEPARENT, read_traceparent, trace_id
 from streamkv.protocol import messages as m
 from streamkv.protocol.actions import Action, CancelStream, Close, ForkOf, GrantCredit, OpenStreams
 from streamkv.protocol.bodies import ParsedBody, ParsedEmbedding
@@ -72,12 +73,16 @@ class _Names:
 
     engine: dict[str, str] = field(default_factory=dict)  # key -> engine id
     keys: dict[str, str] = field(default_factory=dict)
+    traced: dict[str, str] = field(default_factory=dict)  # engine id -> traceparent, of those that have one
 
-    def add(self, keys: tuple[str, ...], engine_ids: list[str]) -> None:
+    def add(self, keys: tuple[str, ...], engine_ids: list[str], traceparent: str | None) -> None:
         self.engine |= dict(zip(keys, engine_ids, strict=True))
         self.keys |= dict(zip(engine_ids, keys, strict=True))
+        if traceparent is not None:
+            self.traced |= dict.fromkeys(engine_ids, traceparent)
 
     def drop(self, engine_id: str) -> None:
+        self.traced.pop(engine_id, None)
         key = self.keys.pop(engine_id, None)
         if key is not None:
             self.engine.pop(key, None)
@@ -225,6 +230,9 @@ class LiveSession:
     async def _open(self, wish: OpenStreams) -> None:
         """One prompt for all streams, or one input for each."""
         body, streams = wish.body, self._streams
+        # In the context of this task alone; without a span of its own the stream is below that of the connection.
+        TRACEPARENT.set(read_traceparent(wish.traceparent) or TRACEPARENT.get())
+        OPERATION.set("chat" if isinstance(body, ParsedBody) and body.is_chat else "text_completion")
         if isinstance(body, ParsedBody):
             await self._open_some(wish.keys, self._generation(wish, body), wish)
             return
@@ -244,12 +252,13 @@ class LiveSession:
         """Tokenise, check, submit; the answer goes through the session."""
         rid = f"{self.name}-{next(self._numbers)}"
         engine_ids = [f"{rid}.{index}" for index in range(len(keys))]
+        about = self._about(rid, TRACEPARENT.get())
         try:
             prepared, body, parent = await preparing
             self._check(prepared)
             if not self.session.wants(keys):
                 return
-            self._names.add(keys, engine_ids)
+            self._names.add(keys, engine_ids, TRACEPARENT.get())
             family = parent.family if parent is not None else _Family()
             shared = 0 if parent is None else len(parent.prepared.token_ids)
             with self._admission.admit(self.principal, prepared, engine_ids, shared=shared):
@@ -265,14 +274,14 @@ class LiveSession:
                 )
         except StreamKVError as error:
             self._forget(engine_ids)
-            self._log.info("stream_refused", rid=rid, code=error.code, param=error.param)
+            about.info("stream_refused", code=error.code, param=error.param)
             self.perform(self.session.refused(keys, error))
         except Exception:
             self._forget(engine_ids)
-            self._log.exception("stream_failed", rid=rid)
+            about.exception("stream_failed")
             self.perform(self.session.refused(keys, StreamKVError("the server failed on this request; its log says why")))
         else:
-            self._log.info("stream_opened", rid=rid, streams=len(keys), prompt_tokens=len(prepared.token_ids))
+            about.info("stream_opened", streams=len(keys), prompt_tokens=len(prepared.token_ids))
             record = None if body is None else _Record(prepared, body, engine_ids[0], family)
             self._opened(keys, engine_ids, rid, prepared, record)
         self._wake()
@@ -333,8 +342,8 @@ class LiveSession:
                 continue
             if isinstance(event, Finished):
                 ended = True
-                self._names.drop(event.id)
                 self._log_end(event)
+                self._names.drop(event.id)
             renamed.append(msgspec.structs.replace(event, id=key))
         if not renamed:
             return
@@ -348,10 +357,15 @@ class LiveSession:
         if ended:
             self._settle()
 
+    def _about(self, rid: str, traceparent: str | None) -> structlog.stdlib.BoundLogger:
+        """For what happens to one request."""
+        traced = {} if traceparent is None else {"trace_id": trace_id(traceparent)}
+        bound: structlog.stdlib.BoundLogger = self._log.bind(rid=rid, **traced)
+        return bound
+
     def _log_end(self, event: Finished) -> None:
-        self._log.info(
+        self._about(event.id, self._names.traced.get(event.id)).info(
             "stream_finished",
-            rid=event.id,
             reason=event.finish_reason,
             prompt=event.prompt_tokens,
             completion=event.completion_tokens,

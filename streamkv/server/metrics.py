@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from streamkv.engine.api import EngineClient
-from streamkv.observe.context import OPERATION, TRACEPARENT
+from streamkv.observe.context import OPERATION, TRACEPARENT, read_traceparent
 from streamkv.observe.exposition import CONTENT_TYPE
 from streamkv.observe.metrics import Prefix
 from streamkv.observe.recorder import Recorder
@@ -76,7 +76,7 @@ class MetricsDoor:
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else "none"
         method = request.method if resource is not None else "none"
-        TRACEPARENT.set(request.headers.get("traceparent"))
+        TRACEPARENT.set(read_traceparent(request.headers.get("traceparent")))
         OPERATION.set("chat" if path == "/v1/chat/completions" else "text_completion")
         status = 500
         try:

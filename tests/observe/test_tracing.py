@@ -6,14 +6,20 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from structlog.testing import capture_logs
 
 from streamkv.cli.observe_options import observer_to
 from streamkv.errors import ConfigError
+from streamkv.observe.context import read_traceparent, trace_id
 from streamkv.observe.tracing import Tracing, export_to
 from streamkv.sampling_params import Sampling
 from streamkv.text.events import Finished, Timings
@@ -67,6 +73,79 @@ async def test_a_stream_is_a_span_below_the_clients():
         "gen_ai.server.time_to_first_token": [1],
         "gen_ai.server.time_per_output_token": [1],
     }
+
+
+HOPS = st.sampled_from(["00", "01", "cc", "ff", "0", "", "0A"])
+IDS = st.sampled_from([TRACE, TRACE.upper(), "0" * 32, TRACE[1:], TRACE + "a", PARENT, "0" * 16, "0af7651916cd43g3"])
+
+
+@settings(max_examples=500)
+@given(parts=st.tuples(HOPS, IDS, IDS, HOPS), rest=st.sampled_from(["", "", "-", "-x", "-what-the-future-will-be", "\n", "-\n"]))
+@example(parts=("00", TRACE, PARENT, "01"), rest="")
+@example(parts=("cc", TRACE, PARENT, "01"), rest="-more")
+def test_a_traceparent_is_read_as_the_sdk_reads_it(parts: tuple[str, str, str, str], rest: str):
+    given_ = "-".join(parts) + rest
+    read = read_traceparent(given_)
+    theirs = get_current_span(TraceContextTextMapPropagator().extract({"traceparent": given_})).get_span_context()
+    if read is None:
+        assert not theirs.is_valid or rest.endswith("\n")
+    else:
+        assert (f"{theirs.trace_id:032x}", f"{theirs.span_id:016x}") == (trace_id(read), read[36:52])
+        assert len(read) == 55
+
+
+@pytest.mark.parametrize("given_", [None, "", "x" * 10_000_000, "00-" + "-" * 100_000])
+def test_what_is_no_traceparent_names_no_span(given_: str | None):
+    assert read_traceparent(given_) is None
+
+
+OTHER, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+"""What one stream names, on a connection that belongs to `TRACE`."""
+
+
+@pytest.mark.parametrize("codec", ["json", "msgpack"])
+async def test_each_stream_of_a_connection_may_have_a_parent_of_its_own(codec: str):
+    collected = Collected()
+    own, broken = f"00-{OTHER}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01"
+    with capture_logs() as logs:
+        async with serving() as served:
+            served.streams.observer = collected.tracing
+            async with served.raw(codec, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"}) as raw:
+                await raw.create(["own", "sibling"], "abc", max_tokens=2, create_traceparent=own)
+                await raw.create("plain", "abc", max_tokens=2)
+                await raw.create("broken", "abc", max_tokens=2, create_traceparent=broken)
+                user = [{"role": "user", "content": "Hi"}]
+                await raw.create("chat", user, api="chat", max_tokens=2, create_traceparent=own)
+                await raw.send(t="create", id="vector", api="embeddings", body={"input": "abc"}, traceparent=own)
+                await raw.create("refused", "x" * 1000, max_tokens=2, create_traceparent=own)
+                for name in ("own", "sibling", "plain", "broken", "chat", "vector", "refused"):
+                    ended = await raw.ended(name)
+                    assert (ended.code is not None) == (name == "refused"), "a broken one makes no stream fail"
+                await raw.send(t="fork", id="fork", **{"from": "plain"}, at=1, traceparent=own)
+                await raw.wait_for_type("done", "fork")
+    rids = {line["rid"]: line["trace_id"] for line in logs if line["event"] == "stream_finished"}
+    found: dict[str, list[str]] = {TRACE: [], OTHER: []}
+    for span in collected.spans:
+        trace = f"{span.context.trace_id:032x}"
+        assert span.parent is not None
+        assert f"{span.parent.span_id:016x}" == {TRACE: PARENT, OTHER: SPAN}[trace]
+        said = dict(span.attributes or {})
+        found[trace].append(str(said["gen_ai.operation.name"]))
+        assert rids[str(said["gen_ai.response.id"])] == trace
+    assert sorted(found[TRACE]) == ["text_completion"] * 2
+    assert sorted(found[OTHER]) == ["chat", "embeddings", "text_completion", "text_completion", "text_completion"]
+    (refused,) = (line for line in logs if line["event"] == "stream_refused")
+    assert refused["trace_id"] == OTHER
+    assert {line["trace_id"] for line in logs if line["event"] == "stream_opened"} == {TRACE, OTHER}
+
+
+async def test_without_a_parent_the_log_names_no_trace():
+    with capture_logs() as logs:
+        async with serving() as served, served.raw() as raw:
+            await raw.create("a", "abc", max_tokens=2, create_traceparent="none")
+            await raw.ended("a")
+    assert {"stream_opened", "stream_finished"} <= {line["event"] for line in logs}
+    assert not any("trace_id" in line for line in logs)
 
 
 async def test_without_a_parent_each_stream_is_a_trace_of_its_own_and_samples_are_streams():

@@ -83,6 +83,7 @@ CLIENT = st.one_of(
         max=st.none() | COUNT,
         on_disconnect=st.sampled_from(["grace", "cancel"]),
         priority=st.integers(-(2**31), 2**31),
+        traceparent=st.none() | TEXT,
     ),
     st.builds(m.Ping, ts=NUMBER),
     st.builds(m.Bye, cancel=st.booleans()),

@@ -253,6 +253,7 @@ _CREATE: Final[dict[str, list[Bad]]] = {
     "max": [Bad((*NOT_INTEGER, -1, 2**53, *HUGE))],
     "on_disconnect": [Bad((*NOT_TEXT, None, "", "keep", LONG))],
     "priority": [Bad((*NOT_INTEGER, None, 2**31, -(2**31) - 1, *HUGE))],
+    "traceparent": [Bad(NOT_TEXT)],  # a text that is none is ignored
 }
 
 _REST: Final[dict[str, dict[str, list[Bad]]]] = {
@@ -279,6 +280,7 @@ _REST: Final[dict[str, dict[str, list[Bad]]]] = {
         "max": [Bad((*NOT_INTEGER, -1, 2**53, *HUGE))],
         "on_disconnect": [Bad((*NOT_TEXT, None, "", "keep", LONG))],
         "priority": [Bad((*NOT_INTEGER, None, 2**31, -(2**31) - 1, *HUGE))],
+        "traceparent": [Bad(NOT_TEXT)],
     },
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from streamkv.client import ClientConnectionError, RemoteError, connect
 from streamkv.errors import InvalidRequestError
@@ -67,6 +68,19 @@ async def test_samples_share_one_prompt():
         streams = client.samples(3, HELLO, max_tokens=4)
         assert [await stream.result() for stream in streams] == ["aaaa", "bbbb", "cccc"]
         assert served.tokenizer.calls == 1
+
+
+async def test_fields_of_the_message_do_not_get_into_the_body():
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    with capture_logs() as logs:
+        async with serving() as served, connect(served.url) as client:
+            outer: Any = {"priority": 7, "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+            stream = client.complete("abc", max_tokens=3, **outer)
+            await stream.result()
+            (fork,) = stream.fork(at=1, **outer)
+            await fork.result()
+            assert [request.priority for request in served.engine.requests] == [7, 7]
+    assert [line["trace_id"] for line in logs if line["event"] == "stream_finished"] == [trace, trace]
 
 
 async def test_cancel_keeps_the_text_so_far():
