@@ -63,14 +63,20 @@ namespace {
 
 // ---- register tiles -----------------------------------------------------------------------------------------------
 
+// Both ask for what is read one phase later, line by line as they read: the values while the scores are computed, the next keys
+// while the values are summed. All at once would wait for memory; `later` null = many rows share what is read, so it pays not.
+
 template <class T, int R, int N>  // scores of R rows with N tiles of keys
-inline void scores(const T* q, int dim, const T* const* tiles, float* s) {
+inline void scores(const T* q, int dim, const T* const* tiles, const T* const* later, float* s) {
   constexpr int V = TILE / W, P = PAIR<T>;
   vf acc[R][N * V] = {};
   for (int d = 0; d < dim / P; d++) {
     vu key[N * V];
 #pragma GCC unroll 8
     for (int j = 0; j < N * V; j++) key[j] = *(const vu_any*)(tiles[j / V] + (d * TILE + j % V * W) * P);
+    if (later)
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) prefetch(later[j] + d * TILE * P);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       const uint32_t query = *(const u32_any*)(q + r * dim + d * P);
@@ -85,14 +91,18 @@ inline void scores(const T* q, int dim, const T* const* tiles, float* s) {
 }
 
 template <class T, int R, int C>  // weighted values of R rows in C * W dimensions from `d0` on
-inline void weigh(const T* weights, const T* const* tiles, int tokens, int dim, int d0, float* out) {
+inline void weigh(const T* weights, const T* const* tiles, const T* const* later, int tokens, int dim, int d0, float* out) {
   constexpr int P = PAIR<T>;
   vf acc[R][C] = {};
-  const auto pairs = [&](const T* values, const T* w, int first, int last, uint32_t mask) {
+  const auto pairs = [&](int tile, int first, int last, uint32_t mask) {
+    const T *values = tiles[tile], *w = weights + tile * TILE;
     for (int t = first; t < last; t++) {
       vu value[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) value[c] = *(const vu_any*)(values + (t * dim + d0 + c * W) * P) & mask;
+      if (later)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) prefetch(later[tile] + (t * dim + d0 + c * W) * P);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
         const uint32_t weight = *(const u32_any*)(w + r * CHUNK + t * P);
@@ -102,11 +112,11 @@ inline void weigh(const T* weights, const T* const* tiles, int tokens, int dim, 
     }
   };
   const int whole = tokens / TILE, rest = tokens % TILE / P;
-  for (int j = 0; j < whole; j++) pairs(tiles[j], weights + j * TILE, 0, TILE / P, ~0u);
+  for (int j = 0; j < whole; j++) pairs(j, 0, TILE / P, ~0u);
   if (tokens % TILE) {
-    pairs(tiles[whole], weights + whole * TILE, 0, rest, ~0u);
+    pairs(whole, 0, rest, ~0u);
     // The second slot of the last pair holds no token and perhaps NaN: 0 * NaN would be NaN.
-    if (tokens % P) pairs(tiles[whole], weights + whole * TILE, rest, rest + 1, 0xffff);
+    if (tokens % P) pairs(whole, rest, rest + 1, 0xffff);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -115,19 +125,19 @@ inline void weigh(const T* weights, const T* const* tiles, int tokens, int dim, 
 }
 
 template <class T, int R>
-void scores_of_rows(const T* q, int dim, const T* const* tiles, int num_tiles, float* s) {
+void scores_of_rows(const T* q, int dim, const T* const* tiles, const T* const* later, int num_tiles, float* s) {
   constexpr int N = W == 16 ? 4 : 1;  // 24 accumulators of 32 registers, 12 of 16
   int j = 0;
-  for (; j + N <= num_tiles; j += N) scores<T, R, N>(q, dim, tiles + j, s + j * TILE);
-  for (; j < num_tiles; j++) scores<T, R, 1>(q, dim, tiles + j, s + j * TILE);
+  for (; j + N <= num_tiles; j += N) scores<T, R, N>(q, dim, tiles + j, later ? later + j : nullptr, s + j * TILE);
+  for (; j < num_tiles; j++) scores<T, R, 1>(q, dim, tiles + j, later ? later + j : nullptr, s + j * TILE);
 }
 
 template <class T, int R>
-void weigh_rows(const T* weights, const T* const* tiles, int tokens, int dim, float* out) {
+void weigh_rows(const T* weights, const T* const* tiles, const T* const* later, int tokens, int dim, float* out) {
   constexpr int C = W == 16 ? 4 : W == 8 ? 2 : 4;
   int d = 0;
-  for (; d + C * W <= dim; d += C * W) weigh<T, R, C>(weights, tiles, tokens, dim, d, out);
-  for (; d < dim; d += W) weigh<T, R, 1>(weights, tiles, tokens, dim, d, out);
+  for (; d + C * W <= dim; d += C * W) weigh<T, R, C>(weights, tiles, later, tokens, dim, d, out);
+  for (; d < dim; d += W) weigh<T, R, 1>(weights, tiles, later, tokens, dim, d, out);
 }
 
 template <template <int> class F, class... A>
@@ -145,11 +155,15 @@ template <class T>
 struct Tiles {
   template <int R>
   struct Scores {
-    static void run(const T* q, int dim, const T* const* tiles, int n, float* s) { scores_of_rows<T, R>(q, dim, tiles, n, s); }
+    static void run(const T* q, int dim, const T* const* tiles, const T* const* later, int n, float* s) {
+      scores_of_rows<T, R>(q, dim, tiles, later, n, s);
+    }
   };
   template <int R>
   struct Weigh {
-    static void run(const T* w, const T* const* tiles, int n, int dim, float* o) { weigh_rows<T, R>(w, tiles, n, dim, o); }
+    static void run(const T* w, const T* const* tiles, const T* const* later, int n, int dim, float* o) {
+      weigh_rows<T, R>(w, tiles, later, n, dim, o);
+    }
   };
 };
 
@@ -233,19 +247,28 @@ void clear(State& state, int rows, int dim) {
   }
 }
 
-// Ask for the keys that come next: of the following chunk, or after the last one, of the next head's first.
+// Keys of a chunk, tile by tile; the values lie block_size * dim behind them.
 template <class T>
-void prefetch_next(const Plan& plan, const T* pool, const Item& item, int head, int chunk, int length) {
-  if (++chunk == item.end_chunk) {
-    chunk = item.first_chunk;
-    if (++head == plan.shape.num_kv_heads) return;
-  }
+int find_tiles(const Plan& plan, const T* pool, const Item& item, int head, int chunk, int length, const T** keys) {
   const int dim = plan.shape.head_dim, size = plan.step.block_size, end = std::min(length, (chunk + 1) * CHUNK);
   const int32_t* table = plan.step.block_tables + (int64_t)item.sequence * plan.step.max_blocks;
+  int count = 0;
   for (int position = chunk * CHUNK; position < end; position += TILE) {
     const T* part = pool + ((int64_t)table[position / size] * plan.shape.num_kv_heads + head) * 2 * size * dim;
-    for (int i = 0; i < TILE * dim; i += 64 / (int)sizeof(T)) prefetch_far(part + position % size * dim + i);
+    keys[count++] = part + position % size * dim;
   }
+  return count;
+}
+
+// The keys that are read after a chunk: of the following one, or behind the last one of the next head's first.
+template <class T>
+void find_next(const Plan& plan, const T* pool, const Item& item, int head, int chunk, int length, const T** keys) {
+  if (++chunk == item.end_chunk) {
+    chunk = item.first_chunk;
+    head = std::min(head + 1, plan.shape.num_kv_heads - 1);
+  }
+  const int count = find_tiles(plan, pool, item, head, chunk, length, keys);
+  for (int j = count; j < TILES; j++) keys[j] = keys[0];
 }
 
 template <class T>
@@ -255,22 +278,15 @@ void compute_chunk(const Plan& plan, const T* pool, const Item& item, int head, 
   const Row* rows = plan.rows.data() + item.first_row;
   const int length = item.kind == Item::PREFIX ? begin + CHUNK : rows[item.num_rows - 1].position + 1;
   const int tokens = std::min(CHUNK, length - begin), num_tiles = (tokens + TILE - 1) / TILE;
-  const int32_t* table = plan.step.block_tables + (int64_t)item.sequence * plan.step.max_blocks;
-  const T *keys[TILES], *values[TILES];
-  for (int j = 0; j < num_tiles; j++) {
-    const int position = begin + j * TILE;
-    const T* part = pool + ((int64_t)table[position / size] * shape.num_kv_heads + head) * 2 * size * dim;
-    keys[j] = part + position % size * dim;
-    values[j] = keys[j] + size * dim;
-  }
-  if (item.num_rows <= 16)  // bound by memory: the values come while the scores are computed
-    for (int j = 0; j < num_tiles; j++)
-      for (int i = 0; i < TILE * dim; i += 64 / (int)sizeof(T)) prefetch(values[j] + i);
+  const T *keys[TILES], *values[TILES], *next[TILES];
+  find_tiles(plan, pool, item, head, chunk, length, keys);
+  for (int j = 0; j < num_tiles; j++) values[j] = keys[j] + size * dim;
+  const bool few = item.num_rows <= 16;  // bound by memory: the first rows ask for what comes
+  if (few) find_next(plan, pool, item, head, chunk, item.kind == Item::PREFIX ? INT32_MAX : length, next);
   for (int r = 0; r < item.num_rows; r += R_MAX)
     by_rows<Tiles<T>::template Scores>(
-        std::min(R_MAX, item.num_rows - r), (const T*)bench.query + r * dim, dim, (const T* const*)keys, num_tiles,
-        bench.score + r * CHUNK);
-  if (item.num_rows <= 16) prefetch_next(plan, pool, item, head, chunk, length);
+        std::min(R_MAX, item.num_rows - r), (const T*)bench.query + r * dim, dim, (const T* const*)keys,
+        (const T* const*)(few && !r ? values : nullptr), num_tiles, bench.score + r * CHUNK);
   for (int r = 0; r < item.num_rows; r++) {
     const int position = rows[r].position;
     const int first = shape.window ? std::max(0, position - shape.window + 1 - begin) : 0;
@@ -279,8 +295,8 @@ void compute_chunk(const Plan& plan, const T* pool, const Item& item, int head, 
   }
   for (int r = 0; r < item.num_rows; r += R_MAX)
     by_rows<Tiles<T>::template Weigh>(
-        std::min(R_MAX, item.num_rows - r), (const T*)bench.weight + r * CHUNK, (const T* const*)values, tokens, dim,
-        bench.chunk.values + r * dim);
+        std::min(R_MAX, item.num_rows - r), (const T*)bench.weight + r * CHUNK, (const T* const*)values,
+        (const T* const*)(few && !r ? next : nullptr), tokens, dim, bench.chunk.values + r * dim);
 }
 
 // ---- one item -------------------------------------------------------------------------------------------------------
