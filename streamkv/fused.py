@@ -44,6 +44,9 @@ class FusedOps(Protocol):
         head_dim is a multiple of 32 (arXiv 2104.09864).
         """
 
+    def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, vocab_size] -> the first of each row's largest logits, [n] int64; whether all of a row are finite, [n] bool."""
+
     def record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any | None]:
         """Run `function(*inputs)` and write down what it does.
 

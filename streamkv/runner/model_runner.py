@@ -231,9 +231,8 @@ class ModelRunner:
         bad: set[int] = set()  # indices into `sampled`
         extras: dict[int, RowExtra] = {}
         if len(sampled):
-            chosen = self._sampler.sample(rows, batch.positions[batch.last[sampled]] + 1, own)
-            # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
-            bad.update((~torch.isfinite(own.sum(dim=-1, dtype=torch.float32))).nonzero().flatten().tolist())
+            chosen, finite = self._choose(rows, batch.positions[batch.last[sampled]] + 1, own)
+            bad.update((~finite).nonzero().flatten().tolist())
             for index, value in self._sampler.logprobs(rows, own, chosen, bad).items():
                 extras[int(sampled[index])] = RowExtra(value)
             ids = chosen.tolist()
@@ -249,6 +248,17 @@ class ModelRunner:
         self._sampler.append(rows, ids)
         self._last_token[rows] = ids
         return Sampled(result, frozenset(failed), extras)
+
+    def _choose(
+        self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token per row, and whether its logits are finite."""
+        ops = self._backend.ops
+        if ops is not None and logits.dtype is ops.dtype and self._sampler.takes_the_most_probable(rows):
+            return ops.most_probable(logits)
+        # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
+        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))
+        return self._sampler.sample(rows, positions, logits), finite
 
     def _pooled(self, batch: _Batch) -> dict[int, torch.Tensor]:
         if not self._prompts.pools or self._tap is None:

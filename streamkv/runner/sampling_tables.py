@@ -149,6 +149,11 @@ class RowSampler:
             if own.any():
                 self._processors[name].append(rows[own], added[own])
 
+    def takes_the_most_probable(self, rows: _Ints) -> bool:
+        """Whether `sample` would give each of these rows the largest of its logits as they are."""
+        batch = self._batch_of(rows)
+        return not (batch.plain or batch.cut or batch.penalties or batch.masks or batch.processors)
+
     @torch.inference_mode()
     def sample(self, rows: _Ints, positions: _Ints, logits: torch.Tensor) -> torch.Tensor:
         """One token per row. Changes no state.

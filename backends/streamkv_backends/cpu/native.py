@@ -16,7 +16,7 @@ import torch  # noqa: F401  # see above: before the library
 from streamkv.errors import BackendError
 from streamkv_backends.cpu.build import detect, find_or_build
 
-__all__ = ["Add", "Attend", "Call", "Gate", "Norm", "Op", "Rotate", "Shape", "Step", "library", "load"]
+__all__ = ["Add", "Argmax", "Attend", "Call", "Gate", "Norm", "Op", "Rotate", "Shape", "Step", "library", "load"]
 
 
 class Step(ctypes.Structure):
@@ -89,6 +89,19 @@ class Rotate(ctypes.Structure):
     ]
 
 
+class Argmax(ctypes.Structure):
+    """Of each row the first of its largest numbers, and whether all are finite."""
+
+    _fields_: ClassVar = [
+        ("x", c_void_p),
+        ("stride", c_int64),
+        ("rows", c_int32),
+        ("width", c_int32),
+        ("index", c_void_p),
+        ("finite", c_void_p),
+    ]
+
+
 class Attend(ctypes.Structure):
     """An attention layer in a recorded step (`run.cpp`)."""
 
@@ -106,7 +119,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "skv_plan_free": (None, (c_void_p,)),
     "skv_plan_kinds": (None, (c_void_p, c_void_p)),
     "skv_attend": (None, (c_void_p, c_void_p)),
-    **{f"skv_{name}": (None, (c_void_p,)) for name in ("norm", "gate", "add", "rotate")},
+    **{f"skv_{name}": (None, (c_void_p,)) for name in ("norm", "gate", "add", "rotate", "argmax")},
     "skv_run": (None, (c_void_p, c_int32, c_void_p)),
 }
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from streamkv_backends.cpu.native import Gate, Norm, Rotate
+from streamkv_backends.cpu.native import Argmax, Gate, Norm, Rotate
 from streamkv_backends.cpu.tape import NotRecordableError, Recorded, Tape, Watch
 
 __all__ = ["CpuOps"]
@@ -79,6 +79,15 @@ class CpuOps:
         self._native.skv_rotate(byref(call))
         self.note("rotate", call)
         return queries.transpose(1, 2), keys.transpose(1, 2)
+
+    def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n] int64, the first of each row's largest logits; [n] bool, whether all of the row are finite. [n, vocab_size] in."""
+        logits = _dense(logits)
+        index = torch.empty(len(logits), dtype=torch.int64)
+        finite = torch.empty(len(logits), dtype=torch.bool)
+        call = Argmax(logits.data_ptr(), logits.stride(0), *logits.shape, index.data_ptr(), finite.data_ptr())
+        self._native.skv_argmax(byref(call))
+        return index, finite
 
     def linear(self, linear: nn.Linear) -> nn.Module | None:
         """The same layer with its weight laid out for the kernels; None if it cannot be."""

@@ -84,6 +84,29 @@ void rotate_team(const Rotate& call) {
   }
 }
 
+void argmax_team(const Argmax& call) {
+#pragma omp for schedule(static)
+  for (int row = 0; row < call.rows; row++) {
+    const bf16* x = call.x + row * call.stride;
+    vf top = splat(-INFINITY), zero = {};
+    int i = 0;
+    for (; i + W <= call.width; i += W) {
+      const vf v = load(x + i);
+      top = vmax(v, top);
+      zero += v * 0.f;  // NaN, once something is not finite
+    }
+    float best = largest(top), rest = sum(zero);
+    for (; i < call.width; i++) {
+      best = std::max(best, to_float(x[i]));
+      rest += to_float(x[i]) * 0.f;
+    }
+    int at = 0;
+    while (at < call.width - 1 && to_float(x[at]) != best) at++;
+    call.index[row] = at;
+    call.finite[row] = rest == 0.f;
+  }
+}
+
 }  // namespace skv
 
 extern "C" {
@@ -102,5 +125,9 @@ void skv_add(const skv::Add* call) {
 void skv_rotate(const skv::Rotate* call) {
 #pragma omp parallel if ((int64_t)call->tokens * (call->query_heads + call->key_heads) * call->dim > skv::WORTH)
   skv::rotate_team(*call);
+}
+void skv_argmax(const skv::Argmax* call) {
+#pragma omp parallel if ((int64_t)call->rows * call->width > skv::WORTH && call->rows > 1)
+  skv::argmax_team(*call);
 }
 }

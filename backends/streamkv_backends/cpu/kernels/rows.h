@@ -38,9 +38,19 @@ struct Rotate {
   bf16 *query_out, *key_out;  // [tokens][heads][dim]
 };
 
+// Of each row of logits the first of its largest numbers, and whether all are finite.
+struct Argmax {
+  const bf16* x;  // [rows][width]
+  int64_t stride;
+  int32_t rows, width;
+  int64_t* index;   // [rows]
+  uint8_t* finite;  // [rows]
+};
+
 void norm_team(const Norm& call);
 void gate_team(const Gate& call);
 void add_team(const Add& call);
 void rotate_team(const Rotate& call);
+void argmax_team(const Argmax& call);
 
 }  // namespace skv
