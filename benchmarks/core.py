@@ -17,9 +17,10 @@ from typing import TypeVar
 
 from benchmarks.report import percentile, print_setting, print_table
 from streamkv.core.block_pool import BlockPool
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
 from streamkv.core.request import Request, StopRule
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 
 BLOCK = 16

@@ -88,9 +88,10 @@ async def scrape() -> None:
 
 def kv_maps() -> None:
     """Looking at every block, on the loop, and making a message of it, in a thread."""
+    from streamkv.core.config import SchedulerConfig
     from streamkv.core.kv_cache import KVCache
     from streamkv.core.request import StopRule
-    from streamkv.core.scheduler import Scheduler, SchedulerConfig
+    from streamkv.core.scheduler import Scheduler
     from streamkv.core.step import Sampled
     from streamkv.engine.kv_view import take_kv_map
     from streamkv.server.kv_view import Viewer, encode

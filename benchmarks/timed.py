@@ -14,8 +14,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from benchmarks.workloads import make_tokenizer
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineClient, EngineInfo, EngineRequest
 from streamkv.engine.engine import InProcessEngine

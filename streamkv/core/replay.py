@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
 from streamkv.core.request import StopRule
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Event, Sampled, Step
 
 __all__ = ["RecordingScheduler", "ReplayError", "replay"]

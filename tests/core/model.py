@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
 from streamkv.core.request import StopRule
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import PENDING, Event, Sampled, Step
 
 VOCAB = 7

@@ -46,7 +46,7 @@ def test_two_tokens_of_one_request_may_be_pending_at_once() -> None:
     world.submit("r", [1, 2], 2)
     world.plan()
     world.plan()
-    assert world.scheduler._requests["r"].pending == 2
+    assert world.scheduler._roster.live["r"].pending == 2
     world.commit()
     assert world.plan() is None
     world.commit()

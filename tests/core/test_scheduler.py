@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
 from streamkv.core.request import StopRule
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import PENDING, Sampled, Step
 from streamkv.errors import ContextLengthError, InvalidRequestError, KVCapacityError, OverloadedError, StreamKVError
 from tests.core.model import VOCAB, World

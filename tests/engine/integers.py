@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineInfo, EngineRequest
 from streamkv.engine.engine import InProcessEngine

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
-from streamkv.core.scheduler import Scheduler, SchedulerConfig
+from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineInfo, EngineRequest, Sampling
 from streamkv.engine.engine import InProcessEngine

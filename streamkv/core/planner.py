@@ -1,0 +1,230 @@
+"""What goes into the next step: decodes, prompts in progress, room for them, and who is admitted. The policy is in `plan`."""
+
+from __future__ import annotations
+
+from streamkv.core.config import SchedulerConfig
+from streamkv.core.request import Request, State
+from streamkv.core.roster import Roster
+from streamkv.core.step import PENDING, Step
+
+__all__ = ["Planner"]
+
+
+class Planner:
+    """Fills one step after the other. Takes its decisions on what the roster says, and has them carried out there."""
+
+    def __init__(self, config: SchedulerConfig, roster: Roster) -> None:
+        self._budget = config.max_num_batched_tokens
+        self._roster = roster
+        self._cache = roster.cache
+
+    def plan(self, step: Step, only: frozenset[str] | None) -> list[Request]:
+        """Fill an empty step.
+
+        Args:
+            only: advance just these running requests and admit nobody.
+
+        Returns:
+            The request of each row.
+        """
+        members: list[Request] = []
+        chunks: list[Request] = []
+        crowded = self._make_room() if only is None else False
+        self._plan_decodes(step, members, chunks, only)
+        for request in chunks:
+            self._plan_chunk(step, members, request)
+        if not crowded and only is None:
+            self._admit(step, members)
+        return members
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def _plan_decodes(self, step: Step, members: list[Request], chunks: list[Request], only: frozenset[str] | None) -> None:
+        """One token for every running request that has exactly one to compute; the others go to `chunks`."""
+        size, pool = self._cache.block_size, self._cache.pool
+        rows, starts, counts, samples, tokens = step.rows, step.starts, step.counts, step.samples, step.tokens
+        step_id = step.id
+        for request in self._roster.running.values():
+            planned = request.planned
+            known = request.tokens
+            length = len(known) + request.pending
+            if length >= request.limit:
+                continue  # the token in flight is its last
+            if request.credit is not None and length - request.num_prompt >= request.credit:
+                continue  # parked
+            if only is not None and request.id not in only:
+                continue
+            if length - planned > 1:
+                chunks.append(request)
+                continue
+            # A block can only be shared where a fork left it, and a fork copies its tail when it is admitted.
+            if planned >= len(request.blocks) * size:
+                if not pool.num_available:
+                    continue  # blocks of a victim are fenced until the step in flight has ended
+                self._grow(step, request, planned + 1)
+            rows.append(request.row)
+            starts.append(planned)
+            counts.append(1)
+            samples.append(True)
+            tokens.append(known[planned] if planned < len(known) else PENDING)
+            members.append(request)
+            request.planned = planned + 1
+            request.pending += 1
+            request.last_step = step_id
+
+    def _plan_chunk(self, step: Step, members: list[Request], request: Request) -> None:
+        """As much of a prompt (or of what was preempted) as budget and blocks allow."""
+        length = len(request.tokens)
+        count = min(length - request.planned, self._budget - step.num_tokens)
+        while count > 0:
+            missing = self._cache.missing(request, request.planned + count) - self._cache.pool.num_available
+            if missing <= 0:
+                break
+            count -= max(1, (missing - 1) * self._cache.block_size)
+        if count <= 0:
+            return
+        start = request.planned
+        self._grow(step, request, start + count)
+        whole = start + count == length
+        step.rows.append(request.row)
+        step.starts.append(start)
+        step.counts.append(count)
+        step.samples.append(whole)
+        step.tokens.extend(request.tokens[start : start + count])
+        members.append(request)
+        request.planned = start + count
+        request.pending += whole
+        request.last_step = step.id
+        request.chunks += 1
+
+    def _grow(self, step: Step, request: Request, end: int) -> None:
+        first, ids, copies = self._cache.grow(request, end)
+        if ids:
+            step.tables.append((request.row, first, ids))
+            step.copies.extend(copies)
+
+    # -- preemption -----------------------------------------------------------------------------------------------
+
+    def _make_room(self) -> bool:
+        """Preempt until the next token of everybody who runs fits, fenced blocks counted as coming.
+
+        Returns:
+            True if memory is short: then nobody is admitted.
+        """
+        cache, running = self._cache, self._roster.running
+        available = cache.pool.num_available
+        if available > 2 * len(running) or not running:
+            # Nobody needs more than one new block and one copy; prompts in progress take what is there.
+            return False
+        guard = self._guard()
+        demand = {request.id: self._demand(request, guard) for request in running.values()}
+        needed = sum(demand.values())
+        crowded = needed > available
+        while needed > cache.pool.num_available + cache.num_fenced:
+            victim = self._victim(guard)
+            if victim is None:
+                break  # only the guard is left; it fits, or it would have been refused
+            needed -= demand[victim.id]
+            self._roster.preempt(victim)
+        return crowded
+
+    def _demand(self, request: Request, guard: Request | None) -> int:
+        """Blocks without which the request cannot advance now. A prompt in progress may wait, unless it is the guard."""
+        length = len(request.tokens) + request.pending
+        if request.parked or length >= request.limit or (length - request.planned > 1 and request is not guard):
+            return 0
+        return self._cache.missing(request, request.planned + 1)
+
+    def _guard(self) -> Request | None:
+        """The running request that is never a victim: the first in rank that is not parked."""
+        return min((r for r in self._roster.running.values() if not r.parked), key=lambda r: r.rank, default=None)
+
+    def _victim(self, guard: Request | None) -> Request | None:
+        """Parked ones first."""
+        candidates = (r for r in self._roster.running.values() if r is not guard)
+        return min(candidates, key=lambda r: (not r.parked, self._worth(r)), default=None)
+
+    def _preempt_parked(self, step: Step) -> bool:
+        """Take the blocks of one running request whose client does not read; False if there is none."""
+        # Not of one that got its last accepted token planned a moment ago: its row is in this very step.
+        parked = [r for r in self._roster.running.values() if r.parked and r.last_step < step.id]
+        if not parked:
+            return False
+        self._roster.preempt(min(parked, key=self._worth))
+        return True
+
+    def _worth(self, request: Request) -> tuple[int, int, int]:
+        """The least is preempted first: the lowest priority, then the least to recompute, then the youngest."""
+        return (-request.priority, self._cache.own_tokens(request), -request.arrival)
+
+    # -- admission ------------------------------------------------------------------------------------------------
+
+    def _admit(self, step: Step, members: list[Request]) -> None:
+        """Admit in the order of the line, as long as row, budget and blocks are there."""
+        roster = self._roster
+        while roster.has_row and step.num_tokens < self._budget:
+            request = roster.waiting.head()
+            if request is None or roster.in_flight(request):
+                return  # preempted while a step of it runs: that step must be committed first
+            self._cache.extend_keys(request)
+            key = self._awaits(request, step)
+            if key is not None:
+                roster.waiting.hold(request, key)
+                continue
+            if not (self._admit_fork(request, step) if request.leader else self._admit_one(request, step)):
+                return  # strict order: nobody overtakes the head, so it cannot starve
+            self._plan_chunk(step, members, request)
+
+    def _awaits(self, request: Request, step: Step) -> bytes | str | None:
+        """What the request should wait for, because somebody else is computing it: a digest, or a leader's prompt."""
+        leader = request.leader
+        if leader is not None:
+            if leader.state is State.RUNNING or (leader.state is State.WAITING and not leader.parked):
+                # What a fork shares beyond the leader's prompt may be still to come, but a parked leader never gets on.
+                needed = min(request.shared, len(request.tokens) - 1, leader.num_prompt - 1)
+                # A leader that enters with this very step may get its prompt by a copy of this step: too early to share.
+                ready = leader.computed >= needed and -1 < leader.entered < step.id
+                return None if ready else leader.id
+            request.leader = None
+        return self._written_by_others(request) if self._roster.writing else None
+
+    def _written_by_others(self, request: Request) -> bytes | None:
+        """Digest of the last of the consecutive blocks after the request's hit that a running request is writing."""
+        hit = len(self._cache.lookup(request).blocks)
+        last = (len(request.tokens) - 1) // self._cache.block_size
+        found: bytes | None = None
+        for digest, _ in request.keys[hit:last]:
+            if digest not in self._roster.writing:
+                break
+            found = digest
+        return found
+
+    def _admit_one(self, request: Request, step: Step) -> bool:
+        cache, running = self._cache, self._roster.running
+        hit = cache.lookup(request)
+        # One block in reserve for every running request: who is admitted should not be preempted right after.
+        while (needed := cache.blocks_to_admit(request, hit) + len(running)) > cache.pool.num_available:
+            if not running and not cache.num_fenced:
+                break
+            if needed <= cache.pool.num_available + cache.num_fenced or not self._preempt_parked(step):
+                return False
+            hit = cache.lookup(request)
+        copies = cache.admit(request, hit)
+        self._roster.enter(request, step, copies)
+        for digest, _ in request.keys[len(hit.blocks) :]:
+            self._roster.writing.setdefault(digest, request)
+        return True
+
+    def _admit_fork(self, request: Request, step: Step) -> bool:
+        """Share the leader's blocks; the copy of the shared tail is made by the chunk that follows at once."""
+        cache, leader = self._cache, request.leader
+        assert leader is not None
+        if cache.pool.num_available < 1:
+            if not cache.num_fenced:
+                self._preempt_parked(step)
+            if leader.state is not State.RUNNING or cache.pool.num_available < 1:
+                return False  # the leader itself was parked and lost its blocks, or they are fenced: next plan
+        request.leader = None
+        cache.fork(leader, request)
+        self._roster.enter(request, step, [])
+        return True
