@@ -1,0 +1,30 @@
+"""With STREAMKV_PREBUILD=1 the wheel carries the kernels for processors, compiled for every instruction set.
+
+It is then a wheel for this platform; without, it is for any, and the kernels are compiled when they are first used.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class PrebuildHook(BuildHookInterface):  # type: ignore[type-arg]  # its configuration is not used
+    """See the module's docstring."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called by hatchling before the wheel is put together."""
+        if os.environ.get("STREAMKV_PREBUILD") != "1":
+            return
+        root = Path(self.root)
+        sys.path[:0] = [str(root), str(root / "backends")]
+        from streamkv_backends.cpu.build import prebuild
+
+        build_data["artifacts"] += [str(path.relative_to(root)) for path in prebuild()]
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
