@@ -14,4 +14,6 @@ HERE = [isa for isa in ISAS if isa.needs <= cpu_flags()]
 
 @pytest.fixture(params=HERE, ids=lambda isa: isa.name, scope="session")
 def native(request: pytest.FixtureRequest) -> Any:
-    return load(find_or_build(request.param))
+    library = load(find_or_build(request.param))
+    library.isa = request.param.name
+    return library

@@ -15,6 +15,7 @@
 //     shared   several sequences begin with the same blocks: those chunks are read once for all of them
 //
 // Sources: PagedAttention (arXiv 2309.06180), online softmax (arXiv 1805.02867), cascade inference (flashinfer.ai 2024/02/02).
+#include "amx.h"
 #include "attention.h"
 
 #include <omp.h>
@@ -180,8 +181,61 @@ struct Bench {  // what one thread works with
   alignas(64) T query[ROWS * MAX_DIM];
   alignas(64) float score[ROWS * CHUNK];
   alignas(64) T weight[ROWS * CHUNK];
+  alignas(64) T values[CHUNK * MAX_DIM];  // of a chunk, one after the other, for the matrix tiles
+  int tile_rows = 0;                      // what the matrix tiles are set up for; 0 = they are not
   State chunk, total;
 };
+
+// ---- the same with matrix tiles ---------------------------------------------------------------------------------------
+// For items of many rows, prompts above all. They sum in another order than vectors do, so that here bf16 results may differ in the
+// last bit between a token in a long chunk and the same token decoded; float32 never sees a tile.
+
+#ifdef __AMX_BF16__
+inline bool by_tiles(int rows, int dim) { return rows > 8 && dim % TILE_DEPTH == 0 && tiles_allowed(); }
+
+inline void tile_scores(const Bench<bf16>& bench, int rows, int dim, const bf16* const* keys, const bf16* const* later, int num_tiles,
+                        float* score) {
+  for (int j = 0; j < num_tiles; j += 2) {
+    const int k = std::min(j + 1, num_tiles - 1);  // an odd last one is computed twice, the second time behind the end
+    tiles_multiply(bench.query, dim * 2, rows > TILE_ROWS, keys[j], keys[k], 64, dim, score + j * TILE, CHUNK * 4, [&](int step) {
+      for (int i = 0; later && i < TILE_ROWS; i++) {
+        prefetch(later[j] + (step * TILE_ROWS + i) * 32);
+        prefetch(later[k] + (step * TILE_ROWS + i) * 32);
+      }
+    });
+  }
+}
+
+inline void tile_weigh(Bench<bf16>& bench, int rows, int dim, const bf16* const* values, const bf16* const* later, int tokens,
+                       float* out) {
+  // Side by side, and zeros where no token is: 0 * NaN would be NaN.
+  const int pairs = tokens / 2, end = (tokens + TILE_DEPTH - 1) / TILE_DEPTH * TILE_DEPTH;
+  bf16* side = bench.values;
+  for (int t = 0; t < pairs; t++, side += 2 * dim) {
+    const bf16* from = values[t / 8] + t % 8 * dim * 2;
+    for (int d = 0; d < dim; d += 32) {
+      *(vu*)(side + d) = *(const vu_any*)(from + d);
+      *(vu*)(side + dim + d) = *(const vu_any*)(from + dim + d);
+      if (later) {
+        prefetch(later[t / 8] + t % 8 * dim * 2 + d);
+        prefetch(later[t / 8] + t % 8 * dim * 2 + dim + d);
+      }
+    }
+  }
+  if (tokens % 2) {
+    const bf16* from = values[pairs / 8] + pairs % 8 * dim * 2;
+    for (int d = 0; d < 2 * dim; d += 32) *(vu*)(side + d) = *(const vu_any*)(from + d) & 0xffff;
+    side += 2 * dim;
+  }
+  memset(side, 0, sizeof(bf16) * (bench.values + end * dim - side));
+  for (int r = 0; r < rows; r++) memset(bench.weight + r * CHUNK + tokens, 0, sizeof(bf16) * (end - tokens));
+  written();
+  for (int d = 0; d < dim; d += 32) {
+    const bf16* b = bench.values + d * 2;
+    tiles_multiply(bench.weight, CHUNK * 2, rows > TILE_ROWS, b, b + 32, dim * 4, end, out + d, dim * 4, [](int) {});
+  }
+}
+#endif
 
 // The softmax's numerators of one row, in place of its scores; [first, last) is what the row sees of the chunk.
 template <class T>
@@ -272,6 +326,45 @@ void find_next(const Plan& plan, const T* pool, const Item& item, int head, int 
 }
 
 template <class T>
+void multiply_keys(Bench<T>& bench, int rows, int dim, const T* const* keys, const T* const* later, int num_tiles) {
+#ifdef __AMX_BF16__
+  if constexpr (sizeof(T) == 2)
+    if (by_tiles(rows, dim)) return tile_scores(bench, rows, dim, keys, later, num_tiles, bench.score);
+#endif
+  for (int r = 0; r < rows; r += R_MAX)
+    by_rows<Tiles<T>::template Scores>(std::min(R_MAX, rows - r), (const T*)bench.query + r * dim, dim, keys, r ? nullptr : later,
+                                       num_tiles, bench.score + r * CHUNK);
+}
+
+template <class T>
+void multiply_values(Bench<T>& bench, int rows, int dim, const T* const* values, const T* const* later, int tokens) {
+#ifdef __AMX_BF16__
+  if constexpr (sizeof(T) == 2)
+    if (by_tiles(rows, dim)) return tile_weigh(bench, rows, dim, values, later, tokens, bench.chunk.values);
+#endif
+  for (int r = 0; r < rows; r += R_MAX)
+    by_rows<Tiles<T>::template Weigh>(std::min(R_MAX, rows - r), (const T*)bench.weight + r * CHUNK, values, r ? nullptr : later, tokens,
+                                      dim, bench.chunk.values + r * dim);
+}
+
+template <class T>
+void prepare_tiles(Bench<T>& bench, int rows, int dim) {
+#ifdef __AMX_BF16__
+  if constexpr (sizeof(T) == 2)
+    if (by_tiles(rows, dim) && bench.tile_rows != std::min(rows, TILE_ROWS)) tiles_begin(bench.tile_rows = std::min(rows, TILE_ROWS));
+#endif
+  (void)bench, (void)rows, (void)dim;
+}
+
+template <class T>
+void leave_tiles(Bench<T>& bench) {
+#ifdef __AMX_BF16__
+  if (bench.tile_rows) tiles_end();
+#endif
+  bench.tile_rows = 0;
+}
+
+template <class T>
 void compute_chunk(const Plan& plan, const T* pool, const Item& item, int head, int chunk, Bench<T>& bench) {
   const Shape& shape = plan.shape;
   const int dim = shape.head_dim, size = plan.step.block_size, begin = chunk * CHUNK;
@@ -283,20 +376,14 @@ void compute_chunk(const Plan& plan, const T* pool, const Item& item, int head, 
   for (int j = 0; j < num_tiles; j++) values[j] = keys[j] + size * dim;
   const bool few = item.num_rows <= 16;  // bound by memory: the first rows ask for what comes
   if (few) find_next(plan, pool, item, head, chunk, item.kind == Item::PREFIX ? INT32_MAX : length, next);
-  for (int r = 0; r < item.num_rows; r += R_MAX)
-    by_rows<Tiles<T>::template Scores>(
-        std::min(R_MAX, item.num_rows - r), (const T*)bench.query + r * dim, dim, (const T* const*)keys,
-        (const T* const*)(few && !r ? values : nullptr), num_tiles, bench.score + r * CHUNK);
+  multiply_keys(bench, item.num_rows, dim, keys, few ? values : nullptr, num_tiles);
   for (int r = 0; r < item.num_rows; r++) {
     const int position = rows[r].position;
     const int first = shape.window ? std::max(0, position - shape.window + 1 - begin) : 0;
     soften(shape, bench.score + r * CHUNK, bench.weight + r * CHUNK, tokens, first, std::min(tokens, position + 1 - begin),
            bench.chunk.max + r, bench.chunk.sum + r);
   }
-  for (int r = 0; r < item.num_rows; r += R_MAX)
-    by_rows<Tiles<T>::template Weigh>(
-        std::min(R_MAX, item.num_rows - r), (const T*)bench.weight + r * CHUNK, (const T* const*)values,
-        (const T* const*)(few && !r ? next : nullptr), tokens, dim, bench.chunk.values + r * dim);
+  multiply_values(bench, item.num_rows, dim, values, few ? next : nullptr, tokens);
 }
 
 // ---- one item -------------------------------------------------------------------------------------------------------
@@ -356,6 +443,7 @@ void run_item(Plan& plan, const Call& call, const Item& item, int head, Bench<T>
     const T* q = (const T*)call.query + row.token * call.query_token + (head * group + row.group) * call.query_head;
     memcpy(bench.query + r * dim, q, sizeof(T) * dim);
   }
+  prepare_tiles(bench, rows, dim);
   if (item.kind == Item::SUFFIX) restore(bench.total, rows, dim, scratch, stride);
   for (int chunk = item.first_chunk; chunk < item.end_chunk; chunk++) {
     compute_chunk(plan, (const T*)call.pool, item, head, chunk, bench);
@@ -403,8 +491,10 @@ void attend(Plan& plan, const Call& call) {
     const int count = (int)list->size() * heads;
     // Some heads in a row to one thread, which asks for the next one's keys in time; few enough that all end together.
     const int run = std::max(1, std::min(heads, count / (8 * omp_get_num_threads())));
-#pragma omp for schedule(dynamic, run)
+#pragma omp for schedule(dynamic, run) nowait
     for (int i = 0; i < count; i++) run_item<T>(plan, call, (*list)[i / heads], i % heads, bench);
+    leave_tiles(bench);
+#pragma omp barrier
   }
 }
 
