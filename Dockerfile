@@ -11,6 +11,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python3 -m venv --without-pip /opt/streamkv
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
+COPY backends/hatch_build.py backends/
 # What the sources need, without the sources: they change more often, and must not make this large layer anew.
 RUN touch README.md LICENSE && mkdir -p streamkv backends/streamkv_backends kernels_cuda/streamkv_kernels \
     && printf '__version__ = "0"\n' > streamkv/__init__.py \
@@ -29,11 +30,11 @@ COPY streamkv streamkv
 COPY backends backends
 COPY kernels_cuda kernels_cuda
 # The kernels for processors, for every instruction set: the service has no compiler, and no folder to write to.
-RUN PYTHONPATH=/src:/src/backends python3 -c "from streamkv_backends.cpu.build import prebuild; prebuild()" \
-    && python3 -m pip wheel --no-deps --wheel-dir /wheel .
+RUN STREAMKV_PREBUILD=1 python3 -m pip wheel --no-deps --wheel-dir /wheel .
 
 FROM ${PYTHON_IMAGE}
-RUN useradd --uid 10001 --create-home streamkv
+# The cache is the place for a volume, which then belongs to the service: models of the hub are kept there.
+RUN useradd --uid 10001 --create-home streamkv && install -d -o streamkv -g streamkv /home/streamkv/.cache
 COPY --from=dependencies /opt/streamkv /opt/streamkv
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     python3 -m pip --python /opt/streamkv/bin/python install --no-cache-dir --no-index --no-deps --root-user-action ignore /wheel/*.whl

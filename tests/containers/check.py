@@ -7,7 +7,6 @@ images of Prometheus and Grafana, pulled or already here. What cannot be had is 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import datetime
 import json
 import os
@@ -17,93 +16,26 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
-from typing import Any, Final
+from pathlib import Path
+from typing import Final
 
-import yaml
-
-from streamkv.client import connect
-from tests.containers.engine import ROOT, Engine, find
+from tests.containers.engine import Engine, find
 from tests.containers.observability import check_observability
+from tests.containers.overrides import check_overrides
+from tests.containers.pages import COMPOSE, ROOT
 from tests.containers.report import Report, until
+from tests.containers.server import Server
 
 IMAGE: Final = "streamkv:cpu"
 READY_S: Final = 120.0
-LONG_S: Final = 8.0
-"""How long a stream takes that is to be still running when the signal comes, and to end well within the time for draining."""
-STORY: Final = [{"role": "user", "content": "Tell me a long story about a fox."}]
-COMPOSE: Final = yaml.safe_load((ROOT / "compose.yaml").read_text())
-
-
-class Server:
-    """The service `streamkv` of the running stack, as its users reach it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.port = int(engine.environment["STREAMKV_PORT"])
-        self.key = engine.environment["STREAMKV_API_KEY"]
-        self.admin_key = engine.environment["STREAMKV_ADMIN_KEY"]
-        self.tokens_per_s = 0.0
-
-    def get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
-        """(status, body); 0 if nobody answers."""
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
-        if key is not None:
-            request.add_header("Authorization", f"Bearer {key}")
-        try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
-        except OSError:
-            return 0, b""
-
-    def until_ready(self) -> float:
-        """Seconds until `/ready` says so on the published port."""
-        return until("/ready", READY_S, lambda: self.get("/ready")[0] == 200)
-
-    async def stream(self, then: Callable[[], None] | None = None, **sampling: Any) -> tuple[int, str, bool]:
-        """A story over the WebSocket; `then` runs in a thread once it has begun.
-
-        Returns:
-            (tokens, finish reason, whether the server said meanwhile that it goes away)
-        """
-        begin = time.monotonic()
-        async with connect(f"ws://127.0.0.1:{self.port}/v1/stream", api_key=self.key, reconnect_s=0) as client:
-            stream = client.chat(STORY, **sampling)
-            beside = None
-            async for _ in stream:
-                if then is not None and beside is None:
-                    beside = asyncio.create_task(asyncio.to_thread(then))
-            drained = client.draining is not None
-        self.tokens_per_s = stream.num_tokens / (time.monotonic() - begin)
-        if beside is not None:
-            await beside
-        assert stream.done is not None
-        return stream.num_tokens, str(stream.done.finish_reason), drained
-
-    def outlast(self, then: Callable[[], None]) -> int:
-        """A stream that is running when `then` ends the server; asserts that all its tokens come, returns their number."""
-        wanted = min(1500, max(50, round(self.tokens_per_s * LONG_S)))
-        found = asyncio.run(self.stream(then, max_tokens=wanted, ignore_eos=True))
-        assert found == (wanted, "length", True), f"{found} of {wanted}"
-        return wanted
 
 
 def main() -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--build-arg", action="append", default=[], metavar="NAME=VALUE", help="of the image, such as PYTHON_IMAGE"
-    )
-    parser.add_argument(
-        "--build-flag", action="append", default=[], metavar="FLAG", help="of the engine's build: mirrors, volumes"
-    )
-    parser.add_argument(
-        "--stand-ins", action="store_true", help="make Prometheus' image of Debian's package instead of pulling it"
-    )
+    parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE", help="such as PYTHON_IMAGE=...")
+    parser.add_argument("--build-flag", action="append", default=[], metavar="FLAG", help="of the engine's build")
+    parser.add_argument("--stand-ins", action="store_true", help="Prometheus' image is made of Debian's package, not pulled")
     arguments = parser.parse_args()
     engine = find("streamkv-check", environment())
     if engine is None:
@@ -117,11 +49,13 @@ def main() -> int:
     try:
         check_build(engine, report, arguments)
         if not report.count("failed"):
-            check_server(engine, report)
+            server = Server(engine)
+            check_server(server, report)
             check_observability(engine, report, arguments)
-            check_ends(Server(engine), report)
+            check_ends(server, report)
+            check_overrides(server, report)
     finally:
-        engine.attempt(*engine.composer, "-p", engine.project, "--profile", "observability", "down", "--volumes")
+        engine.attempt_compose("--profile", "observability", "down", "--volumes")
     print(f"\n{report.table()}\n\n{', '.join(f'{report.count(word)} {word}' for word in ('passed', 'failed', 'skipped'))}")
     return 1 if report.count("failed") else 0
 
@@ -137,7 +71,8 @@ def environment() -> dict[str, str]:
         for name, listener in (("STREAMKV", a), ("PROMETHEUS", b), ("GRAFANA", c)):
             ports[f"{name}_PORT"] = str(listener.getsockname()[1])
     keys = {name: secrets.token_urlsafe(32) for name in ("STREAMKV_API_KEY", "STREAMKV_ADMIN_KEY", "GRAFANA_PASSWORD")}
-    return {**os.environ, **ports, **keys}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("STREAMKV_")}
+    return {**inherited, **ports, **keys}
 
 
 def print_setting(engine: Engine) -> None:
@@ -159,7 +94,7 @@ def check_build(engine: Engine, report: Report, arguments: argparse.Namespace) -
         size = int(engine.run("image", "inspect", "--format", "{{.Size}}", IMAGE))
         notes += [f"{size / 1e6:.0f} MB", f"{time.monotonic() - begin:.0f} s"]
     with report.row("without a key compose starts nothing") as notes:
-        refused = engine.attempt(*engine.composer, "-p", engine.project, "up", "-d", "--no-build", STREAMKV_API_KEY="")
+        refused = engine.attempt_compose("up", "-d", "--no-build", STREAMKV_API_KEY="")
         sentence = refused.stdout.strip().splitlines()[-1]
         assert refused.returncode != 0
         assert "STREAMKV_API_KEY" in sentence
@@ -174,9 +109,9 @@ def check_build(engine: Engine, report: Report, arguments: argparse.Namespace) -
             notes.append(sentence)
 
 
-def check_server(engine: Engine, report: Report) -> None:
+def check_server(server: Server, report: Report) -> None:
     """The default stack: that it serves, and that it is shut in."""
-    server = Server(engine)
+    engine = server.engine
     with report.row("up, and ready on the published port") as notes:
         engine.compose("up", "-d", "--no-build")
         notes.append(f"{server.until_ready():.1f} s after the container was started")
@@ -204,28 +139,25 @@ def check_server(engine: Engine, report: Report) -> None:
         notes.append(f"at most {used / 1e3:.0f} MB resident so far")
         log = engine.inspect("streamkv", "{{json .HostConfig.LogConfig}}")
         assert "10m" in log.lower(), log
+    with report.row("the kernels for this processor are in the image") as notes:
+        program = "from streamkv_backends.cpu.build import detect, find_or_build; print(find_or_build(detect()))"
+        library = Path(engine.inside("streamkv", "python3", "-c", program).strip())
+        assert library.parent.name == "prebuilt"
+        notes.append(library.name)
     with report.row("keys: none, a wrong one, a client's, an administrator's"):
         found = [server.get("/v1/models", key)[0] for key in (None, "wrong-key-of-nobody", server.key)]
         found += [server.get("/metrics", key)[0] for key in (None, server.key, server.admin_key)]
         assert found == [401, 401, 200, 401, 403, 200], found
     with report.row("`streamkv chat` from outside") as notes:
-        command = (
-            sys.executable,
-            "-m",
-            "streamkv",
-            "chat",
-            "--url",
-            f"ws://127.0.0.1:{server.port}/v1/stream",
-            "--once",
-            "Hello!",
-        )
+        url = f"ws://127.0.0.1:{server.port}/v1/stream"
+        command = (sys.executable, "-m", "streamkv", "chat", "--url", url, "--once", "Hello!")
         said = subprocess.run(
             command, cwd=ROOT, env=dict(engine.environment), capture_output=True, text=True, timeout=60, check=True
         )
         assert len(said.stdout.split()) >= 2
         notes.append(said.stdout.strip())
     with report.row("a WebSocket client from outside") as notes:
-        tokens, reason, _ = asyncio.run(server.stream(max_tokens=80))
+        tokens, reason, _ = server.talk(max_tokens=80)
         assert tokens > 20
         notes.append(f"{tokens} tokens, {reason}, {server.tokens_per_s:.0f} tokens/s")
 

@@ -6,12 +6,12 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
+
+from tests.containers.pages import ROOT
 
 __all__ = ["Engine", "find"]
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 _LIMIT_S: Final = 120
 _BUILD_LIMIT_S: Final = 3600
 _CANDIDATES: Final = (("docker", ("docker", "compose")), ("podman", ("podman-compose",)), ("podman", ("podman", "compose")))
@@ -43,14 +43,20 @@ class Engine:
 
     def compose(self, *words: str, **environment: str) -> str:
         """A command of compose; as `run`."""
-        return _said(self.attempt(*self.composer, "-p", self.project, *words, **environment))
+        return _said(self.attempt_compose(*words, **environment))
 
-    def attempt(self, *command: str, limit_s: float = _LIMIT_S, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Any command, which may fail; both outputs in one."""
+    def attempt_compose(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command of compose, which may fail. An override that lies in the checkout is not read."""
+        return self.attempt(*self.composer, "-p", self.project, "-f", "compose.yaml", *words, environment=environment)
+
+    def attempt(
+        self, *command: str, limit_s: float = _LIMIT_S, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Any command, which may fail; both outputs in one. `environment`: what differs."""
         return subprocess.run(
             command,
             cwd=ROOT,
-            env={**self.environment, **environment},
+            env={**self.environment, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -12,21 +12,16 @@ import urllib.parse
 import urllib.request
 from typing import Any, Final
 
-import yaml
-
 from streamkv.client import connect
-from tests.containers.engine import ROOT, Engine
+from tests.containers.engine import Engine
+from tests.containers.pages import COMPOSE
 from tests.containers.report import NotCheckedError, Report, until
 from tests.observe.dashboards import DASHBOARDS, PANELS, label_queries, queries
 
 LOAD_S: Final = 30
 CLIENTS: Final = 4
 SCRAPED_S: Final = 60.0
-IMAGES: Final = {
-    name: service["image"]
-    for name, service in yaml.safe_load((ROOT / "compose.yaml").read_text())["services"].items()
-    if "profiles" in service
-}
+IMAGES: Final = {name: service["image"] for name, service in COMPOSE["services"].items() if "profiles" in service}
 
 
 def check_observability(engine: Engine, report: Report, arguments: argparse.Namespace) -> None:
@@ -50,8 +45,8 @@ def check_prometheus(engine: Engine, report: Report) -> None:
     base = f"http://127.0.0.1:{engine.environment['PROMETHEUS_PORT']}"
     profile = ("--profile", "observability")
     with report.row("without an administrator's key Prometheus does not start") as notes:
-        words = ("-p", engine.project, *profile, "run", "--rm", "--no-deps", "-T", "prometheus")
-        refused = engine.attempt(*engine.composer, *words, STREAMKV_ADMIN_KEY="")
+        words = (*profile, "run", "--rm", "--no-deps", "-T", "prometheus")
+        refused = engine.attempt_compose(*words, STREAMKV_ADMIN_KEY="")
         (sentence,) = (line for line in refused.stdout.splitlines() if "STREAMKV_ADMIN_KEY" in line)
         assert refused.returncode != 0
         notes.append(sentence)

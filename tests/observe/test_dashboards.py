@@ -19,10 +19,10 @@ import yaml
 from streamkv.engine.fake import fake_info
 from streamkv.observe.lag import LoopLag
 from streamkv.observe.metrics import Metrics
+from tests.containers.pages import COMPOSE
 from tests.observe.dashboards import DASHBOARDS, FILES, PANELS, ROOT, VARIABLES, label_queries, queries
 from tests.server.serving import DEADLINE_S, serving
 
-COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 ADMIN = "an-admin-key-of-a-test-0123456789abcdef"
 
 
