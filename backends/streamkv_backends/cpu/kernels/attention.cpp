@@ -31,6 +31,7 @@ constexpr int TILE = 16, CHUNK = 128, TILES = CHUNK / TILE;
 constexpr int ROWS = 32;     // most query rows that share what is loaded
 constexpr int R_MAX = 6;     // rows of a register tile
 constexpr int MAX_DIM = 512; // of a head
+constexpr int SPAN = 128;    // dimensions that are summed in one go: longer sums lose digits
 constexpr float NOTHING = -1e30f;  // maximum of no scores; finite, so that differences stay numbers
 
 // One query row: head `group` of KV head h reads head h * G + group of token `token`, which stands at `position`.
@@ -70,25 +71,30 @@ namespace {
 template <class T, int R, int N>  // scores of R rows with N tiles of keys
 inline void scores(const T* q, int dim, const T* const* tiles, const T* const* later, float* s) {
   constexpr int V = TILE / W, P = PAIR<T>;
-  vf acc[R][N * V] = {};
-  for (int d = 0; d < dim / P; d++) {
-    vu key[N * V];
+  for (int from = 0; from < dim / P; from += SPAN / P) {
+    vf acc[R][N * V] = {};
+    for (int d = from; d < std::min(dim, from * P + SPAN) / P; d++) {
+      vu key[N * V];
 #pragma GCC unroll 8
-    for (int j = 0; j < N * V; j++) key[j] = *(const vu_any*)(tiles[j / V] + (d * TILE + j % V * W) * P);
-    if (later)
+      for (int j = 0; j < N * V; j++) key[j] = *(const vu_any*)(tiles[j / V] + (d * TILE + j % V * W) * P);
+      if (later)
 #pragma GCC unroll 8
-      for (int j = 0; j < N; j++) prefetch(later[j] + d * TILE * P);
+        for (int j = 0; j < N; j++) prefetch(later[j] + d * TILE * P);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const uint32_t query = *(const u32_any*)(q + r * dim + d * P);
+      for (int r = 0; r < R; r++) {
+        const uint32_t query = *(const u32_any*)(q + r * dim + d * P);
 #pragma GCC unroll 8
-      for (int j = 0; j < N * V; j++) acc[r][j] = dot((const T*)0, acc[r][j], key[j], query);
+        for (int j = 0; j < N * V; j++) acc[r][j] = dot((const T*)0, acc[r][j], key[j], query);
+      }
     }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int j = 0; j < N * V; j++) {
+        float* to = s + r * CHUNK + j * W;
+        store(to, from ? load(to) + acc[r][j] : acc[r][j]);
+      }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-    for (int j = 0; j < N * V; j++) store(s + r * CHUNK + j * W, acc[r][j]);
 }
 
 template <class T, int R, int C>  // weighted values of R rows in C * W dimensions from `d0` on
