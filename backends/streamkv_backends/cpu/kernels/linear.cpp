@@ -1,0 +1,382 @@
+// y[m, n] = x[m, k] W^T (+ bias) for any m, n, k: x in bf16, sums in float, the weight in bf16, int8 or int4.
+//
+// A weight is cut into panels of 64 output channels, zero beyond n; k is rounded up to 32. Inside a panel one vector holds the
+// same two inputs of W channels, so that nothing is summed across lanes. All of it is one stream that is read once, in order:
+//
+//     bf16    [k / 2][64][2]
+//     int8    [k / 4][64] words: 4 inputs, value + 128, of 8 bits each, the word rotated left by 7
+//     int4    [k / 32] groups of { scale[64], zero[64], [4][64] words: 8 inputs of 4 bits each, rotated left by 7 }
+//             weight = (value - zero) * scale; a scale is 5 bits of exponent and 3 of mantissa, 1.mmm * 2^(e - 31)
+//
+// A quantised weight is never multiplied as such: a chunk of it is turned into bf16 in the first-level cache and then is what any
+// other weight is. That loses nothing: |int8| needs 8 significant bits, (value - zero) * scale needs 4 + 4, and bf16 has 8. What
+// remains, one scale per output channel, is applied to the sums. The rotation puts every value where a mask and an exponent turn
+// it into a float: bits 15..22 below the exponent of 2^8 read as 2^8 + value.
+//
+// Two cores multiply a chunk: AMX tiles where the build and the machine have them, for every m, else vectors. In both, one result is
+// the same sequence of operations whatever m is, whichever thread computes it and wherever its row stands: a row's result depends
+// on nothing but that row. (The two cores differ in the last bits: AMX sums even and odd inputs apart, 16 pairs at a time.)
+//
+// Sources: Intel SDM (TDPBF16PS, VDPBF16PS), Goto and van de Geijn, Anatomy of high-performance matrix multiplication (2008).
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "team.h"
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace skv {
+namespace {
+
+constexpr int PANEL = 64, V = PANEL / W;
+constexpr int STEP = 32;         // inputs of one AMX tile, and of one int4 group
+constexpr int CHUNK = 512;       // inputs between two visits to the sums in memory
+constexpr int ROWS = 256;        // most rows of a block
+constexpr int TILE = 16;         // rows of one AMX tile
+constexpr int64_t CACHE = 1 << 20;  // bytes of a block's x: half of a second-level cache
+constexpr int64_t AHEAD = 1 << 16;  // bytes between what is multiplied and what is fetched
+constexpr int AT_ONCE = 2048;    // rows of x packed at a time
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Bytes of a step of a panel: 32 inputs of 64 channels.
+inline int64_t step_bytes(int format) { return format == BF16 ? 4096 : format == INT8 ? 2048 : 1152; }
+
+// The stream of weights: what is asked for now will be multiplied AHEAD bytes later. Called all through the work on a chunk, so
+// that memory never waits for arithmetic.
+struct Stream {
+  const char *at, *until, *end;
+  int lines;  // per call
+  void fetch() {
+    for (int i = 0; i < lines && at < until; i++, at += 64) prefetch_far(at);
+  }
+  void next_chunk(const char* chunk, int64_t bytes, int calls) {
+    until = std::min(chunk + bytes + AHEAD, end);
+    lines = (int)((until - at + 64 * calls - 1) / (64 * calls));
+  }
+};
+
+// ---- quantised weights to bf16 ------------------------------------------------------------------------------------
+
+inline vf number(vu word, int bit, int bits) {  // the field at `bit`, plus 2^(23 - bit)
+  return (vf)((word & (uint32_t)(((1 << bits) - 1) << bit)) | (uint32_t)(150 - bit) << 23);
+}
+inline vu pair(vf even, vf odd) { return (vu)even >> 16 | (vu)odd; }
+inline vu rotated(vu x) { return x << 16 | x >> 16; }
+
+void from_int8(const char* words, vu_any* out, int steps, Stream& stream) {
+  for (int s = 0; s < steps; s++, stream.fetch())
+    for (int i = 0; i < 8; i++, words += 4 * PANEL, out += 2 * V)
+      for (int v = 0; v < V; v++) {
+        const vu low = *(const vu_any*)(words + 4 * W * v), high = rotated(low);
+        out[v] = pair(number(low, 7, 8) - 65664.f, number(low, 15, 8) - 384.f);
+        out[V + v] = pair(number(high, 7, 8) - 65664.f, number(high, 15, 8) - 384.f);
+      }
+}
+
+inline vu widened(const char* p) {
+  typedef uint8_t vb __attribute__((vector_size(W)));
+  vb bytes;
+  memcpy(&bytes, p, W);
+  return __builtin_convertvector(bytes, vu);
+}
+
+void from_int4(const char* groups, vu_any* out, int steps, Stream& stream) {
+  for (int s = 0; s < steps; s++, groups += 1152, out += 16 * V, stream.fetch())
+    for (int v = 0; v < V; v++) {
+      const vf scale = (vf)((widened(groups + W * v) << 20) + (96u << 23));
+      const vf zero = __builtin_convertvector(widened(groups + PANEL + W * v), vf);
+      for (int i = 0; i < 4; i++) {
+        const vu word = *(const vu_any*)(groups + 128 + 4 * (PANEL * i + W * v));
+        for (int half = 0; half < 2; half++) {
+          const vu x = half ? rotated(word) : word;
+          vf y[4];
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++)  // exact with and without a fused multiply-add: at most 17 + 4 bits
+            y[j] = number(x, 7 + 4 * j, 4) * scale - (zero + (float)(1 << (16 - 4 * j))) * scale;
+          out[(4 * i + 2 * half) * V + v] = pair(y[0], y[1]);
+          out[(4 * i + 2 * half + 1) * V + v] = pair(y[2], y[3]);
+        }
+      }
+    }
+}
+
+// `steps` steps of a panel as bf16 [16 * steps][64][2]: where they lie, or made in `room`.
+const bf16* as_bf16(int format, const char* weights, bf16* room, int steps, Stream& stream) {
+  if (format == BF16) return (const bf16*)weights;
+  (format == INT8 ? from_int8 : from_int4)(weights, (vu_any*)room, steps, stream);
+  return room;
+}
+
+// ---- vectors ------------------------------------------------------------------------------------------------------
+
+// Rows and vectors of a register tile.
+constexpr int R_MAX = W == 16 ? 6 : W == 8 ? 4 : 2;
+template <int R> constexpr int COLUMNS = W == 8 && R > 2 ? 2 : 4;
+
+template <int R>  // sums[R][64] += of `inputs` inputs
+inline void vector_tile(const bf16* x, int64_t x_stride, const bf16* w, int inputs, float* sums, bool first, Stream& stream) {
+  constexpr int C = COLUMNS<R>;
+  for (int v = 0; v < V; v += C) {
+    vf acc[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) acc[r][c] = first ? vf{} : load(sums + r * PANEL + (v + c) * W);
+    const auto step = [&](int p, auto&& pair_of) __attribute__((always_inline)) {
+      vu weight[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) weight[c] = ((const vu_any*)w)[p * V + v + c];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        const uint32_t input = pair_of(x + r * x_stride + 2 * p);
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) acc[r][c] = dot((const bf16*)0, acc[r][c], weight[c], input);
+      }
+    };
+    int p = 0;
+    for (; p < inputs / 2; p++) {
+      step(p, [](const bf16* at) { return *(const u32_any*)at; });
+      if (p % 16 == 15) stream.fetch();
+    }
+    if (inputs % 2) step(p, [](const bf16* at) { return (uint32_t)at->bits; });
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int c = 0; c < C; c++) store(sums + r * PANEL + (v + c) * W, acc[r][c]);
+  }
+}
+
+struct Vectors {
+  const bf16* x;
+  int64_t stride;
+  static int passes(int rows) { return (rows + R_MAX - 1) / R_MAX * (W == 16 ? 1 : V / 4); }
+  void multiply(int row, int rows, int k0, int inputs, const bf16* w, float* sums, Stream& stream) const {
+    for (int r = 0; r < rows; r += R_MAX) {
+      const bf16* at = x + (row + r) * stride + k0;
+      float* to = sums + r * PANEL;
+      switch (std::min(R_MAX, rows - r)) {
+        case 1: vector_tile<1>(at, stride, w, inputs, to, !k0, stream); break;
+        case 2: vector_tile<2>(at, stride, w, inputs, to, !k0, stream); break;
+#if defined(__AVX2__)
+        case 3: vector_tile<3>(at, stride, w, inputs, to, !k0, stream); break;
+        case 4: vector_tile<4>(at, stride, w, inputs, to, !k0, stream); break;
+#endif
+#if defined(__AVX512F__)
+        case 5: vector_tile<5>(at, stride, w, inputs, to, !k0, stream); break;
+        case 6: vector_tile<6>(at, stride, w, inputs, to, !k0, stream); break;
+#endif
+      }
+    }
+  }
+};
+
+// ---- AMX ----------------------------------------------------------------------------------------------------------
+#ifdef __AMX_BF16__
+
+bool amx_allowed() {  // Linux lends the tiles on request, once per process
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+  return allowed;
+}
+
+void amx_begin() {
+  struct {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  asm volatile("" : : "r"(&config) : "memory");  // GCC's tile intrinsics do not say which memory they read
+  _tile_loadconfig(&config);
+}
+
+// Rows in tiles: [rows / 16][k / 32][16][32]. Whatever stands in the rows beyond the last one is multiplied and never stored.
+struct Tiles {
+  const bf16* x;
+  int steps;  // of a row
+  static int passes(int rows) { return (rows + TILE - 1) / TILE; }
+  static int64_t size(int rows, int k) { return round_up(rows, TILE) * round_up(k, STEP); }
+
+  static void pack(const bf16* x, int64_t stride, int k, int row, bf16* out) {
+    const int steps = (k + STEP - 1) / STEP;
+    out += ((int64_t)(row / TILE) * steps * TILE + row % TILE) * STEP;
+    x += row * stride;
+    for (int s = 0; s < k / STEP; s++) memcpy(out + s * TILE * STEP, x + s * STEP, 2 * STEP);
+    if (k % STEP) {
+      bf16 last[STEP] = {};
+      memcpy(last, x + k / STEP * STEP, 2 * (k % STEP));
+      memcpy(out + k / STEP * TILE * STEP, last, 2 * STEP);
+    }
+  }
+
+  void multiply(int row, int rows, int k0, int inputs, const bf16* w, float* sums, Stream& stream) const {
+    asm volatile("" ::: "memory");
+    const int n = (inputs + STEP - 1) / STEP;
+    const bf16* a = x + ((int64_t)(row / TILE) * steps + k0 / STEP) * TILE * STEP;
+    const int64_t next = (int64_t)steps * TILE * STEP;
+    for (int half = 0; half < 2; half++)
+      for (int r = 0; r + TILE < rows; r += 2 * TILE)
+        two_by_two(a + r / TILE * next, next, w + half * 64, n, sums + r * PANEL + half * 32, !k0, stream);
+    if ((rows + TILE - 1) / TILE % 2) {
+      const int r = (rows - 1) / TILE * TILE;
+      one_by_four(a + r / TILE * next, w, n, sums + r * PANEL, !k0, stream);
+    }
+  }
+
+  static void two_by_two(const bf16* a, int64_t next, const bf16* w, int n, float* c, bool first, Stream& stream) {
+    constexpr int PITCH = 4 * PANEL;  // bytes between rows of sums and between pairs of the weight
+    if (first) {
+      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+      _tile_loadd(0, c, PITCH); _tile_loadd(1, c + 16, PITCH);
+      _tile_loadd(2, c + TILE * PANEL, PITCH); _tile_loadd(3, c + TILE * PANEL + 16, PITCH);
+    }
+    for (int s = 0; s < n; s++, a += TILE * STEP, w += STEP * PANEL) {
+      _tile_loadd(6, w, PITCH);
+      _tile_loadd(4, a, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, w + 32, PITCH);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_loadd(5, a + next, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      stream.fetch();
+    }
+    _tile_stored(0, c, PITCH); _tile_stored(1, c + 16, PITCH);
+    _tile_stored(2, c + TILE * PANEL, PITCH); _tile_stored(3, c + TILE * PANEL + 16, PITCH);
+  }
+
+  static void one_by_four(const bf16* a, const bf16* w, int n, float* c, bool first, Stream& stream) {
+    constexpr int PITCH = 4 * PANEL;
+    if (first) {
+      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    } else {
+      _tile_loadd(0, c, PITCH); _tile_loadd(1, c + 16, PITCH); _tile_loadd(2, c + 32, PITCH); _tile_loadd(3, c + 48, PITCH);
+    }
+    for (int s = 0; s < n; s++, a += TILE * STEP, w += STEP * PANEL) {
+      _tile_loadd(4, a, 64);
+      _tile_loadd(5, w, PITCH);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, w + 32, PITCH);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, w + 64, PITCH);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, w + 96, PITCH);
+      _tile_dpbf16ps(3, 4, 5);
+      stream.fetch();
+    }
+    _tile_stored(0, c, PITCH); _tile_stored(1, c + 16, PITCH); _tile_stored(2, c + 32, PITCH); _tile_stored(3, c + 48, PITCH);
+  }
+};
+#endif
+
+// ---- sums to results ----------------------------------------------------------------------------------------------
+
+template <class Out> void finish(const Weight& w, const float* sums, int rows, int n0, Out* y, int64_t stride, bool add) {
+  const int columns = std::min(PANEL, w.n - n0);
+  for (int r = 0; r < rows; r++)
+    for (int c = 0; c < columns; c += W) {
+      vf value = load(sums + r * PANEL + c);
+      if (w.scale) value *= load(w.scale + n0 + c);
+      if (w.bias) value += load(w.bias + n0 + c);
+      Out* to = y + r * stride + n0 + c;
+      const int lanes = std::min(W, columns - c);
+      Out part[W] = {};
+      if (lanes < W) memcpy(part, to, add ? lanes * sizeof(Out) : 0);
+      Out* at = lanes < W ? part : to;
+      if (add) value = load(at) + rounded(at, value);
+      store(at, value);
+      if (lanes < W) memcpy(to, part, lanes * sizeof(Out));
+    }
+}
+
+// ---- who computes what --------------------------------------------------------------------------------------------
+
+template <class Rows>
+void share(const Weight& w, const Rows& x, void* y, int64_t y_stride, int m, int flags) {
+  const int64_t step = step_bytes(w.format), steps = round_up(w.k, STEP) / STEP;
+  const int panels = (w.n + PANEL - 1) / PANEL;
+  const int most = (int)std::clamp<int64_t>(CACHE / (2 * STEP * steps) / 32 * 32, 32, ROWS);
+  const int blocks = (m + most - 1) / most, block = (int)round_up((m + blocks - 1) / blocks, 32);
+  const int64_t tasks = (int64_t)blocks * panels, threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  const int64_t begin = tasks * thread / threads, end = tasks * (thread + 1) / threads;
+
+  alignas(64) float sums[ROWS * PANEL];
+  alignas(64) bf16 room[CHUNK * PANEL];
+  const char* data = (const char*)w.data;
+  for (int64_t t = begin; t < end; t++) {
+    const int row = (int)(t / panels) * block, rows = std::min(block, m - row), panel = (int)(t % panels);
+    if (rows <= 0) continue;
+    const char* at = data + panel * steps * step;
+    Stream stream = {at, at, data + std::min<int64_t>(panels, panel + end - t) * steps * step, 0};
+    if (t > begin && panel) stream.at = std::min(at + AHEAD, stream.end);
+    for (int64_t s = 0; s < steps; s += CHUNK / STEP) {
+      const int n = (int)std::min<int64_t>(CHUNK / STEP, steps - s), k0 = (int)s * STEP;
+      stream.next_chunk(at, n * step, n * (Rows::passes(rows) + (w.format != BF16)));
+      const bf16* chunk = as_bf16(w.format, at, room, n, stream);
+      x.multiply(row, rows, k0, std::min(n * STEP, w.k - k0), chunk, sums, stream);
+      at += n * step;
+    }
+    if (flags & FLOAT_OUT) finish(w, sums, rows, panel * PANEL, (float*)y + row * y_stride, y_stride, flags & ADD);
+    else finish(w, sums, rows, panel * PANEL, (bf16*)y + row * y_stride, y_stride, flags & ADD);
+  }
+}
+
+}  // namespace
+
+size_t linear_scratch(const Weight& w, int m, int threads) {
+#ifdef __AMX_BF16__
+  return 2 * Tiles::size(std::min(m, AT_ONCE), w.k) * (m <= TILE ? threads : 1);
+#else
+  return 0;
+#endif
+}
+
+void linear_team(const Weight& w, const bf16* x, int64_t x_stride, void* y, int64_t y_stride, int m, int flags, void* scratch) {
+#ifdef __AMX_BF16__
+  if (amx_allowed()) {
+    amx_begin();
+    const int64_t y_bytes = y_stride * (flags & FLOAT_OUT ? 4 : 2);
+    for (int m0 = 0; m0 < m; m0 += AT_ONCE) {
+      const int rows = std::min(AT_ONCE, m - m0);
+      bf16* packed = (bf16*)scratch;
+      if (rows <= TILE) {  // cheaper done by each thread for itself than waited for
+        packed += omp_get_thread_num() * Tiles::size(rows, w.k);
+        for (int r = 0; r < rows; r++) Tiles::pack(x + m0 * x_stride, x_stride, w.k, r, packed);
+      } else {
+#pragma omp for
+        for (int r = 0; r < rows; r++) Tiles::pack(x + m0 * x_stride, x_stride, w.k, r, packed);
+      }
+      share(w, Tiles{packed, (w.k + STEP - 1) / STEP}, (char*)y + m0 * y_bytes, y_stride, rows, flags);
+#pragma omp barrier
+    }
+    _tile_release();
+    return;
+  }
+#endif
+  share(w, Vectors{x, x_stride}, y, y_stride, m, flags);
+#pragma omp barrier
+}
+
+}  // namespace skv
+
+extern "C" void skv_linear(const skv::Weight* w, const skv::bf16* x, int64_t x_stride, void* y, int64_t y_stride, int32_t m, int32_t flags) {
+  struct Room {
+    void* at = nullptr;
+    size_t size = 0;
+    ~Room() { free(at); }
+  };
+  static thread_local Room room;
+  const size_t need = skv::linear_scratch(*w, m, omp_get_max_threads());
+  if (need > room.size) {
+    free(room.at);
+    room.size = (need + 4095) / 4096 * 4096;
+    room.at = aligned_alloc(64, room.size);
+  }
+  void* scratch = room.at;
+#pragma omp parallel
+  skv::linear_team(*w, x, x_stride, y, y_stride, m, flags, scratch);
+}
