@@ -26,7 +26,10 @@ class Step:
     2. carry out `copies`: all sources are read before any destination is written,
     3. take over `admitted` (row, request id) and `tables` (row, first index, block ids) into its tables,
     4. compute, for each entry i, `counts[i]` tokens of row `rows[i]` from position `starts[i]` on,
-    5. sample one token from the last of them where `samples[i]`.
+    5. sample a token after each of the last `samples[i]` of them: one, or as many as a draft has tokens and one more.
+
+    A *draft* is what may come after a row's last token: an entry with drafts has its last token and the drafts as input. A token
+    that was sampled is kept while the drafts before it were what was sampled before them, so that one at least is kept.
 
     Attributes:
         id: steps are numbered from 0; they are run and committed in this order.
@@ -39,7 +42,7 @@ class Step:
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     admitted: list[tuple[int, str]] = field(default_factory=list)
     tables: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
@@ -57,7 +60,7 @@ class Sampled:
     """What a runner returns for a step.
 
     Attributes:
-        tokens: per entry of the step the sampled ids (empty where nothing was sampled; several once a step can speculate).
+        tokens: per entry of the step the sampled ids that are kept: none where nothing was sampled, several behind drafts.
         failed: entries whose logits hold NaN or Inf.
         extras: per entry whatever else the runner has to hand through to the reader, only for entries that have some.
     """

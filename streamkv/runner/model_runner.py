@@ -37,8 +37,8 @@ class _Batch:
     Attributes:
         rows, starts, counts: [num_seqs].
         tokens, positions: [num_tokens].
-        last: [num_seqs], packed row of each entry's last token.
-        sampled: [num_sampled], entries that sample.
+        sampled: [num_sampled], entries that sample; one with drafts comes once for each of its tokens.
+        places: [num_sampled], packed rows whose logits are sampled from.
     """
 
     rows: npt.NDArray[np.int64]
@@ -46,8 +46,8 @@ class _Batch:
     counts: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
-    last: npt.NDArray[np.int64]
     sampled: npt.NDArray[np.int64]
+    places: npt.NDArray[np.int64]
 
 
 class ModelRunner:
@@ -152,12 +152,12 @@ class ModelRunner:
     def _compute(self, step: Step) -> Sampled:
         batch = self._pack(step)
         ranges = self._prompts.ranges(batch.rows, batch.starts, batch.counts)
-        keep = batch.last[batch.sampled]  # packed rows whose logits are wanted: first those that sample
+        keep = batch.places  # packed rows whose logits are wanted: first those that sample
         if ranges:
             keep = np.concatenate([keep, *(np.arange(part.first, part.first + part.end - part.start) for part in ranges)])
         if self._prompts.pools and self._tap is not None:
             self._tap.expect()
-        logits = self._forward(batch.tokens, batch.positions, keep, decodes=len(batch.tokens) == len(batch.rows))
+        logits = self._forward(batch.tokens, batch.positions, keep)
         return self._finish(batch, ranges, logits)
 
     def _pack(self, step: Step) -> _Batch:
@@ -185,26 +185,23 @@ class ModelRunner:
                 slots=torch.from_numpy(blocks * size + positions % size),
             )
         )
-        sampled = np.flatnonzero(np.asarray(step.samples, bool))
-        return _Batch(rows, starts, counts, tokens, positions, query_start[1:].astype(np.int64) - 1, sampled)
+        samples = np.asarray(step.samples, np.int64)
+        sampled = np.repeat(np.arange(len(rows)), samples)
+        # The last `samples` packed rows of each entry: its end, less how many of its own come behind.
+        behind = np.cumsum(samples)[sampled] - np.arange(len(sampled))
+        return _Batch(rows, starts, counts, tokens, positions, sampled, query_start[1:].astype(np.int64)[sampled] - behind)
 
     def _forward(
         self,
         tokens: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         keep: npt.NDArray[np.int64],
-        *,
-        decodes: bool = False,
     ) -> torch.Tensor:
-        """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all.
-
-        Args:
-            decodes: every sequence has one new token, as in the steps to come.
-        """
+        """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all."""
         device = self._model.device
         wanted = torch.from_numpy(keep) if len(keep) else torch.zeros(1, dtype=torch.long)
         inputs = (torch.from_numpy(tokens)[None].to(device), torch.from_numpy(positions)[None].to(device), wanted.to(device))
-        if decodes and self._recordings is not None and not self._prompts.pools:
+        if self._recordings is not None and not self._prompts.pools:
             logits = self._recordings.run(inputs, self._context.metadata)
         else:
             logits = self._ask_model(*inputs)
@@ -231,23 +228,33 @@ class ModelRunner:
         bad: set[int] = set()  # indices into `sampled`
         extras: dict[int, RowExtra] = {}
         if len(sampled):
-            chosen, finite = self._choose(rows, batch.positions[batch.last[sampled]] + 1, own)
+            chosen, finite = self._choose(rows, batch.positions[batch.places] + 1, own)
             bad.update((~finite).nonzero().flatten().tolist())
             for index, value in self._sampler.logprobs(rows, own, chosen, bad).items():
                 extras[int(sampled[index])] = RowExtra(value)
             ids = chosen.tolist()
         for entry, prompt in self._prompts.logprobs(ranges, of_prompts).items():
             extras[entry] = replace(extras.get(entry, RowExtra()), prompt_logprobs=prompt)
-        failed = {int(sampled[index]) for index in bad}
+        kept = _kept(batch, ids)
+        failed = {int(sampled[index]) for index in bad if kept[index]}
         for entry, vector in self._pooled(batch).items():
             extras[entry] = replace(extras.get(entry, RowExtra()), embedding=vector.numpy().astype("<f4").tobytes())
             if not bool(torch.isfinite(vector).all()):
                 failed.add(entry)
-        for entry, token in zip(sampled.tolist(), ids, strict=True):
-            result[entry] = (token,)
-        self._sampler.append(rows, ids)
-        self._last_token[rows] = ids
+        for entry, token, keep in zip(sampled.tolist(), ids, kept, strict=True):
+            if keep:
+                result[entry] += (token,)
+        self._take(batch, result)
         return Sampled(result, frozenset(failed), extras)
+
+    def _take(self, batch: _Batch, result: list[tuple[int, ...]]) -> None:
+        """What was sampled becomes part of its rows; most have one token, those behind right drafts more."""
+        nth = 0
+        while entries := [entry for entry, tokens in enumerate(result) if len(tokens) > nth]:
+            rows, ids = batch.rows[entries], [result[entry][nth] for entry in entries]
+            self._sampler.append(rows, ids)
+            self._last_token[rows] = ids
+            nth += 1
 
     def _choose(
         self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], logits: torch.Tensor
@@ -282,3 +289,12 @@ class ModelRunner:
             )
         )
         self._forward(np.zeros(num_tokens, np.int64), positions, positions)
+
+
+def _kept(batch: _Batch, ids: list[int]) -> list[bool]:
+    """Which of the sampled tokens count: those that stand behind nothing but what was sampled before them, drafts or not."""
+    kept: list[bool] = []
+    for index, (entry, place) in enumerate(zip(batch.sampled.tolist(), batch.places.tolist(), strict=True)):
+        first = index == 0 or batch.sampled[index - 1] != entry
+        kept.append(first or (kept[-1] and ids[index - 1] == batch.tokens[place]))
+    return kept

@@ -1,4 +1,4 @@
-"""Decode steps without their Python: a pass of each batch size is recorded once and then run again from the recording.
+"""Small steps without their Python: a pass of each size is recorded when it comes again, and then run from the recording.
 
 A backend whose `ops` can record offers it; for transformers' modules a pass is the same calls in the same order however often
 it runs. A recording is trusted after it has given the same bits as the model's own pass twice, for two different steps.
@@ -18,6 +18,7 @@ __all__ = ["Recordings"]
 
 _MOST_TOKENS: Final = 64  # beyond, Python is a small part of a step
 _KEPT: Final = 32  # sizes; each holds a step's buffers, the least recently used goes first
+_REMEMBERED: Final = 256  # sizes that were met once: that of a prompt's last piece may never come again
 _PROOFS: Final = 2
 _MOST_DETOURS: Final = 8  # steps in a row that went through Python although there was a recording
 
@@ -39,6 +40,7 @@ class Recordings:
     def __init__(self, backend: Any, run: Pass) -> None:
         self._backend, self._run = backend, run
         self._kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
+        self._met: OrderedDict[tuple[int, int], None] = OrderedDict()
         self._detours = 0
         self.off: str | None = None
         """Why nothing is recorded (any more)."""
@@ -60,7 +62,7 @@ class Recordings:
             return self._run(*inputs)
         kept = self._kept.get(key)
         if kept is None:
-            return self._record(key, inputs, metadata)
+            return self._record(key, inputs, metadata) if self._meets_again(key) else self._run(*inputs)
         self._kept.move_to_end(key)
         result: torch.Tensor | None = self._backend.replay(kept.recorded, inputs, metadata)
         if result is None:
@@ -72,6 +74,14 @@ class Recordings:
         if kept.proofs < _PROOFS:
             return self._prove(kept, result.clone(), self._run(*inputs))
         return result
+
+    def _meets_again(self, key: tuple[int, int]) -> bool:
+        again = key in self._met
+        self._met[key] = None
+        self._met.move_to_end(key)
+        if len(self._met) > _REMEMBERED:
+            self._met.popitem(last=False)
+        return again
 
     def _record(self, key: tuple[int, int], inputs: Inputs, metadata: Any) -> torch.Tensor:
         output: torch.Tensor
