@@ -32,11 +32,24 @@ def read_message(codec: m.Codec, data: bytes, *, is_text: bool) -> m.ClientMessa
     """What a frame says."""
     if is_text != codec.text:
         return Close(1003, f"wrong_opcode: {codec.subprotocol} uses {'text' if codec.text else 'binary'} frames")
+    if is_text and not _is_utf8(data):
+        return Close(1007, "invalid_utf8: text frames are UTF-8")
     try:
         message: m.ClientMessage = codec.decode_client(data)
     except _BROKEN as error:
         return _malformed(codec, data, error)
     return message
+
+
+def _is_utf8(data: bytes) -> bool:
+    """RFC 6455, 8.1. The whole frame is looked at: the decoder skips what it does not need, and the socket asks nobody."""
+    if data.isascii():
+        return True
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_hello(codec: m.Codec, data: bytes, *, is_text: bool) -> m.Hello | Close:

@@ -24,6 +24,7 @@ TESTS: Final = {
     "core": ("tests/core/test_[!m]*.py", "tests/core/test_m[!a]*.py", "tests/core/test_machine.py"),
     "protocol": (
         "tests/protocol/test_ring.py",
+        "tests/protocol/test_frames.py",
         "tests/protocol/test_resume.py",
         "tests/protocol/test_outbox.py",
         "tests/protocol/test_session.py",

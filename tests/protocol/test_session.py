@@ -89,15 +89,18 @@ class SessionMachine(Table):
         if self.session.closed:
             self.check_closed()
 
-    @rule(how=st.sampled_from(["drain", "hello", "opcode", "bye"]), rarely=st.integers(0, 15))
+    @rule(how=st.sampled_from(["drain", "hello", "opcode", "utf8", "bye"]), rarely=st.integers(0, 15))
     def end(self, how: str, rarely: int) -> None:
         if rarely or len(self.lives) < 2 or not self.can_send():
             return
         if how == "drain":
             self.session.drain(1000, "test")
             self.draining = True
-        elif how == "opcode":
-            self.end_session(self.session.receive(b"", is_text=not self.codec.text, now=self.now))
+        elif how in ("opcode", "utf8"):
+            wrong_kind = how == "opcode" or not self.codec.text
+            *actions, close = self.session.receive(b'{"t":"\xff"}', is_text=self.codec.text != wrong_kind, now=self.now)
+            assert close.code == (1003 if wrong_kind else 1007)
+            self.end_session(actions)
         else:
             actions = self.receive(self.codec.encode({"t": how}))
             assert isinstance(actions[-1], Close)
@@ -244,9 +247,10 @@ class SessionMachine(Table):
         if not self.can_send():
             return
         if isinstance(message, bytes):
-            self.receive(message)
+            # Text that is no UTF-8 ends a session: see `end`.
+            actions = self.receive(message.decode("latin-1").encode() if self.codec.text else message)
             if self.session.closed:
-                self.end_session([])
+                self.end_session(actions)
             return
         if message["t"] == "create" and message["id"] not in self.session._table.alive:
             self.catch_up([message["id"]])

@@ -10,7 +10,7 @@ import pytest
 
 from streamkv.protocol.messages import MAX_CREDIT
 from tests.server.bad_values import VALID
-from tests.server.serving import CONTEXT, VOCAB, serving
+from tests.server.serving import CONTEXT, VOCAB, eventually, serving
 from tests.server.test_bad_input import beside_a_live_stream, refused
 
 CODECS = ["json", "msgpack"]
@@ -19,7 +19,6 @@ GARBAGE: dict[str, list[bytes]] = {
     "json": [
         b"",
         b"\0",
-        b"\xff\xfe\xfd" * 100,
         b"{",
         b'{"t":"ping","ts":NaN}',
         b'{"t":"ping","ts":1}{"t":"ping","ts":2}',
@@ -27,7 +26,6 @@ GARBAGE: dict[str, list[bytes]] = {
         b"{'t':'ping'}",
         b'{"t":"create","id":"bad","api":"completions","body":{"prompt":"a","top_p":Infinity}}',
         b'{"t":"cancel","id":"\\ud800"}',
-        b'{"t":"cancel","id":"\xff"}',
         b"[" * 100_000,
         b'{"t":' * 100_000,
     ],
@@ -48,6 +46,17 @@ GARBAGE: dict[str, list[bytes]] = {
     ],
 }
 
+NO_UTF8: list[bytes] = [
+    b"\xff\xfe\xfd" * 100,
+    b'{"t":"cancel","id":"\xff"}',
+    b'{"t":"ping","ts":1,"unknown":"\xff"}',  # where the decoder does not look
+    b'{"t":"create","id":"bad","api":"completions","body":{"prompt":"a","unknown":"\xc3\x28"}}',
+    b'{"t":"create","id":"bad","api":"completions","body":{"prompt":"\xed\xa0\x80"}}',  # a surrogate
+    b'{"t":"ping","ts":1,"unknown":"\xc0\xaf"}',  # more bytes than needed
+    b'{"t":"ping","ts":1,"unknown":"\xf4\x90\x80\x80"}',  # beyond U+10FFFF
+    b'{"t":"ping","ts":1,"unknown":"\xe2\x82"',  # unfinished, as is the JSON
+]
+
 NO_MESSAGE: list[Any] = [None, True, 5, 1.5, "ping", [], {}, [{"t": "ping"}], {"T": "ping"}, {"t": "welcome"}, {"type": "ping"}]
 WRONG_TYPES: list[Any] = [None, 5, 1.5, True, "", "PING", "unknown", "x" * 100_000, [], {}, ["ping"]]
 
@@ -60,6 +69,31 @@ async def test_garbage_is_one_notice(codec: str):
             error = await refused(raw)
             assert error["code"] in ("invalid_request", "unknown_type"), (frame[:40], error)
             assert "id" not in error
+
+
+@pytest.mark.parametrize("hello", [True, False])
+@pytest.mark.parametrize("frame", NO_UTF8)
+async def test_text_that_is_no_utf8_ends_its_connection_and_nothing_else(frame: bytes, hello: bool):
+    """RFC 6455, 8.1: with 1007. Its session is over, as after every breach of the protocol."""
+    async with beside_a_live_stream("json") as (served, other):
+        async with served.raw(hello=hello) as raw:
+            if hello:
+                served.engine.hold = 1
+                await raw.create("mine", "abc", max_tokens=100)
+                await raw.wait_for_type("delta", "mine")
+                served.engine.hold = None
+            await raw.send_frame(frame)
+            closed = await raw.closed()
+            assert (closed.code, closed.reason.partition(":")[0]) == (1007, "invalid_utf8")
+        await eventually(lambda: len(served.engine.live) == len(served.server.stream_door.sessions) == 1)
+        assert await other.synced() == []
+
+
+async def test_text_of_every_language_is_utf8():
+    async with serving() as served, served.raw() as raw:
+        for text in ("ä€𝄞", "\u0000", "\U0010ffff", "\ufdd0\ufffe\ufffd", "日本語" * 100_000):
+            await raw.send(t="ping", ts=1.0, unknown=text)
+            assert (await raw.receive())["t"] == "pong"
 
 
 @pytest.mark.parametrize("codec", CODECS)
