@@ -40,6 +40,8 @@ def main() -> None:
     rows = [
         ("64 decode, 1,000 wait", *planning(steps, (steps + 400, steps + 400))),
         ("64 run, 1,000 wait, outputs of 64–192 tokens end and others enter", *planning(steps, (64, 192))),
+        ("the same, of 100 tenants", *planning(steps, (64, 192), tenants=100)),
+        ("the same, of 1,064 tenants", *planning(steps, (64, 192), tenants=1064)),
     ]
     header = ["workload", "median µs", "p99 µs", "tokens a step"]
     print_table("plan + commit of one step (goal: median <= 150 µs)", header, rows)
@@ -64,10 +66,10 @@ class Driver:
         self.scheduler = Scheduler(config, self.cache)
         self.num_submitted = 0
 
-    def submit(self, num_prompt: int, max_tokens: int) -> None:
+    def submit(self, num_prompt: int, max_tokens: int, tenant: str = "") -> None:
         """Queue a request of random tokens."""
         prompt = self.random.choices(range(VOCAB), k=num_prompt)
-        self.scheduler.submit((f"r{self.num_submitted}",), prompt, StopRule(max_tokens))
+        self.scheduler.submit((f"r{self.num_submitted}",), prompt, StopRule(max_tokens), tenant=tenant, salt=tenant)
         self.num_submitted += 1
 
     def sampled(self, step: Step) -> Sampled:
@@ -86,15 +88,15 @@ class Driver:
         return planned - start + perf_counter() - before, step.num_tokens
 
 
-def planning(steps: int, outputs: tuple[int, int]) -> tuple[str, str, str]:
-    """64 requests run and 1,000 wait in every measured step; prompts of 128 tokens, outputs uniform."""
+def planning(steps: int, outputs: tuple[int, int], tenants: int = 1) -> tuple[str, str, str]:
+    """64 requests run and 1,000 wait in every measured step; prompts of 128 tokens, outputs uniform, tenants in turns."""
     num_blocks = 64 * (64 + outputs[1] // BLOCK)
     driver = Driver(SchedulerConfig(max_num_seqs=64, max_model_len=200_000), num_blocks)
 
     def refill() -> None:
         stats = driver.scheduler.stats()
         for _ in range(1064 - stats.waiting - stats.running):
-            driver.submit(128, driver.random.randint(*outputs))
+            driver.submit(128, driver.random.randint(*outputs), f"tenant{driver.num_submitted % tenants}")
 
     refill()
     for _ in range(200):  # until all rows are taken and arrivals are no longer in step with each other

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from streamkv.core.config import SchedulerConfig
 from streamkv.core.request import Request, State
 from streamkv.core.roster import Roster
@@ -29,13 +31,21 @@ class Planner:
         """
         members: list[Request] = []
         chunks: list[Request] = []
-        crowded = self._make_room() if only is None else False
+        may_admit = only is None and self._make_room()
         self._plan_decodes(step, members, chunks, only)
-        for request in chunks:
+        chunks = _in_turn(chunks)
+        for position, request in enumerate(chunks):
+            if may_admit and self._is_overtaken(request):
+                may_admit = self._admit(step, members, chunks[position:])
             self._plan_chunk(step, members, request)
-        if not crowded and only is None:
+        if may_admit:
             self._admit(step, members)
         return members
+
+    def _is_overtaken(self, request: Request) -> bool:
+        """True if a waiting request of another tenant, whose turn it is, goes before this prompt in progress."""
+        head = self._roster.waiting.head()
+        return head is not None and head.tenant != request.tenant and _turn(head) <= _turn(request)
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
@@ -96,6 +106,15 @@ class Planner:
         request.pending += whole
         request.last_step = step.id
         request.chunks += 1
+        self._charge(request, step)
+
+    def _charge(self, request: Request, step: Step) -> None:
+        """Have the tenant pay for prompt tokens: once, however often they are computed, and not for what the cache had."""
+        account, end = request.account, min(request.planned, request.num_prompt)
+        if end > request.charged:
+            account.served += end - request.charged
+            request.charged = end
+        account.last_turn = step.id
 
     def _grow(self, step: Step, request: Request, end: int) -> None:
         first, ids, copies = self._cache.grow(request, end)
@@ -109,24 +128,24 @@ class Planner:
         """Preempt until the next token of everybody who runs fits, fenced blocks counted as coming.
 
         Returns:
-            True if memory is short: then nobody is admitted.
+            False if memory is short: then nobody is admitted.
         """
         cache, running = self._cache, self._roster.running
         available = cache.pool.num_available
         if available > 2 * len(running) or not running:
             # Nobody needs more than one new block and one copy; prompts in progress take what is there.
-            return False
+            return True
         guard = self._guard()
         demand = {request.id: self._demand(request, guard) for request in running.values()}
         needed = sum(demand.values())
-        crowded = needed > available
+        enough = needed <= available
         while needed > cache.pool.num_available + cache.num_fenced:
             victim = self._victim(guard)
             if victim is None:
                 break  # only the guard is left; it fits, or it would have been refused
             needed -= demand[victim.id]
             self._roster.preempt(victim)
-        return crowded
+        return enough
 
     def _demand(self, request: Request, guard: Request | None) -> int:
         """Blocks without which the request cannot advance now. A prompt in progress may wait, unless it is the guard."""
@@ -153,27 +172,39 @@ class Planner:
         self._roster.preempt(min(parked, key=self._worth))
         return True
 
-    def _worth(self, request: Request) -> tuple[int, int, int]:
-        """The least is preempted first: the lowest priority, then the least to recompute, then the youngest."""
-        return (-request.priority, self._cache.own_tokens(request), -request.arrival)
+    def _worth(self, request: Request) -> tuple[int, int, int, int]:
+        """The least is preempted first: lowest priority, tenant that has had most, least to recompute, youngest."""
+        return (-request.priority, -request.account.served, self._cache.own_tokens(request), -request.arrival)
 
     # -- admission ------------------------------------------------------------------------------------------------
 
-    def _admit(self, step: Step, members: list[Request]) -> None:
-        """Admit in the order of the line, as long as row, budget and blocks are there."""
+    def _admit(self, step: Step, members: list[Request], before: Sequence[Request] = ()) -> bool:
+        """Admit whose turn it is, as long as row, budget and blocks are there.
+
+        Args:
+            before: prompts in progress that are still to be planned; their blocks are kept for them, and nobody goes before
+                them whose turn is later.
+
+        Returns:
+            False if the head of the line cannot be admitted. Strict order: nobody overtakes it, so it cannot starve.
+        """
         roster = self._roster
+        reserve = sum(self._cache.missing(request, len(request.tokens)) for request in before)
         while roster.has_row and step.num_tokens < self._budget:
             request = roster.waiting.head()
-            if request is None or roster.in_flight(request):
-                return  # preempted while a step of it runs: that step must be committed first
+            if request is None or (before and not self._is_overtaken(before[0])):
+                return True
+            if roster.in_flight(request):
+                return False  # preempted while a step of it runs: that step must be committed first
             self._cache.extend_keys(request)
             key = self._awaits(request, step)
             if key is not None:
                 roster.waiting.hold(request, key)
                 continue
-            if not (self._admit_fork(request, step) if request.leader else self._admit_one(request, step)):
-                return  # strict order: nobody overtakes the head, so it cannot starve
+            if not (self._admit_fork(request, step) if request.leader else self._admit_one(request, step, reserve)):
+                return False
             self._plan_chunk(step, members, request)
+        return True
 
     def _awaits(self, request: Request, step: Step) -> bytes | str | None:
         """What the request should wait for, because somebody else is computing it: a digest, or a leader's prompt."""
@@ -199,11 +230,11 @@ class Planner:
             found = digest
         return found
 
-    def _admit_one(self, request: Request, step: Step) -> bool:
+    def _admit_one(self, request: Request, step: Step, reserve: int) -> bool:
         cache, running = self._cache, self._roster.running
         hit = cache.lookup(request)
-        # One block in reserve for every running request: who is admitted should not be preempted right after.
-        while (needed := cache.blocks_to_admit(request, hit) + len(running)) > cache.pool.num_available:
+        # And one block for every running request: who is admitted should not be preempted right after.
+        while (needed := cache.blocks_to_admit(request, hit) + reserve + len(running)) > cache.pool.num_available:
             if not running and not cache.num_fenced:
                 break
             if needed <= cache.pool.num_available + cache.num_fenced or not self._preempt_parked(step):
@@ -228,3 +259,15 @@ class Planner:
         cache.fork(leader, request)
         self._roster.enter(request, step, [])
         return True
+
+
+def _turn(request: Request) -> tuple[int, int, int]:
+    """The least is computed first."""
+    return (request.priority, *request.account.standing)
+
+
+def _in_turn(chunks: list[Request]) -> list[Request]:
+    """Prompts in progress as their tenants take turns; of one tenant in the order of admission."""
+    if len(chunks) > 1 and any(request.tenant != chunks[0].tenant for request in chunks):
+        return sorted(chunks, key=_turn)
+    return chunks

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-__all__ = ["TRANSITIONS", "IllegalTransitionError", "Request", "State", "StopRule"]
+__all__ = ["TRANSITIONS", "Account", "IllegalTransitionError", "Request", "State", "StopRule"]
 
 
 class State(Enum):
@@ -58,6 +58,29 @@ class StopRule:
     min_tokens: int = 0
 
 
+class Account:
+    """What one tenant has had on one priority level (`streamkv.core.fairness`).
+
+    Attributes:
+        tenant: its name.
+        served: tokens computed for it; raised when it comes back to the line. Owners: planner (prompts), scheduler (outputs),
+            line.
+        last_turn: id of the last step with prompt tokens of it; -1 before. Owner: planner.
+    """
+
+    __slots__ = ("last_turn", "served", "tenant")
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.served = 0
+        self.last_turn = -1
+
+    @property
+    def standing(self) -> tuple[int, int]:
+        """The least goes first."""
+        return (self.served, self.last_turn)
+
+
 class Request:
     """One sample of one prompt. Written by the scheduler and the KV cache only.
 
@@ -86,13 +109,18 @@ class Request:
         limit: `len(tokens)` at which the request ends by length; who only computes its prompt samples one token, dropped.
         num_preemptions: how often it lost its blocks.
         chunks: steps that computed more than its next token: until its first output, those of its prompt.
-        salt: of its prefix cache; tells whose blocks these are.
+        salt: of its prefix cache.
+        tenant: who sent it; takes turns with others, and has its share of the cache.
+        account: of its tenant. Written once, when it is queued.
+        charged: prompt tokens that the account has paid for, or the cache had. Owner: planner.
     """
 
     __slots__ = (
+        "account",
         "arrival",
         "blocks",
         "cached",
+        "charged",
         "chunks",
         "computed",
         "credit",
@@ -115,8 +143,10 @@ class Request:
         "shared",
         "state",
         "stop",
+        "tenant",
         "tokens",
     )
+    account: Account
 
     def __init__(
         self,
@@ -129,6 +159,7 @@ class Request:
         credit: int | None = None,
         root: bytes | None = None,
         salt: str = "",
+        tenant: str = "",
         leader: Request | None = None,
         shared: int = 0,
     ) -> None:
@@ -142,6 +173,7 @@ class Request:
         self.credit = credit
         self.root = root
         self.salt = salt
+        self.tenant = tenant
         self.leader = leader
         self.shared = shared
         self.state = State.WAITING
@@ -158,6 +190,7 @@ class Request:
         self.cached = -1
         self.num_preemptions = 0
         self.chunks = 0
+        self.charged = 0
 
     def move(self, state: State) -> None:
         """Go to `state`.

@@ -50,11 +50,11 @@ class Roster:
     def add(self, request: Request) -> None:
         """Take in a new request; it waits."""
         self.live[request.id] = request
-        self.waiting.add(request)
+        self.waiting.join(request)
 
     def enter(self, request: Request, step: Step, copies: list[tuple[int, int]]) -> None:
         """A waiting request that has its blocks gets a row and is in `step` from now on."""
-        self.waiting.remove(request)
+        self.waiting.take(request)
         request.move(State.RUNNING)
         request.row = self._free_rows.pop()
         request.entered = step.id
@@ -62,7 +62,7 @@ class Roster:
         first_time = request.cached < 0
         miss = self.cache.miss(request) if first_time else None
         if first_time:
-            request.cached = request.computed
+            request.cached = request.charged = request.computed
             self.num_prompt_tokens += request.num_prompt
             self.num_cached_tokens += request.cached
         self.events.append(Event(request.id, state="prefill", cached=request.cached, miss=miss))
@@ -84,9 +84,10 @@ class Roster:
         if request.state is State.RUNNING:
             self._leave(request, State.FINISHED)
         else:
-            self.waiting.remove(request)
             request.move(State.FINISHED)
+            self.waiting.drop(request)
             self.waiting.release(request.id)
+        self.waiting.leave(request)
         request.leader = None
         del self.live[request.id]
 
@@ -132,5 +133,5 @@ class Roster:
         assert waiting | set(self.running) == set(self.live), "a request is lost"
         assert all(r.state is State.RUNNING and r.keys for r in self.writing.values()), "a dead request is said to write"
         if not self.live and not self.flight:
-            assert not self.waiting.is_awake, "somebody is held back by nobody"
+            assert not self.waiting.held, "somebody is held back by nobody"
             assert not self.cache.pool.num_used, "blocks leak"

@@ -7,11 +7,14 @@ Pure: no model, no event loop, no clock. The same calls with the same values giv
 
 Policy, in the order `plan` applies it (`streamkv.core.planner`):
 
-1. Every running request that decodes gets one token, then prompts in progress share what is left of the token budget.
+1. Every running request that decodes gets one token, then prompts in progress share what is left of the token budget, those
+   of the tenant that has had least first.
 2. If their blocks do not fit, victims lose theirs (recompute later): parked ones first, then the lowest priority, then the
-   least to recompute. The first in rank that can run is never a victim, so somebody always finishes.
-3. Waiting requests are admitted in rank order while a row, budget and blocks for all their tokens are there. One that shares
-   an uncached prefix with a running request is held back until that has written it.
+   tenant that has had most, then the least to recompute. The first in rank that can run is never a victim, so somebody
+   always finishes.
+3. Waiting requests are admitted while a row, budget and blocks for all their tokens are there: the highest priority first, then
+   the tenant that has had least, then whoever came first. One that shares an uncached prefix with a running request is held
+   back until that has written it.
 
 Who waits and in which order is `streamkv.core.waiting`'s to know, where everybody stands `streamkv.core.roster`'s.
 """
@@ -69,6 +72,7 @@ class Scheduler:
         *,
         priority: int = 0,
         salt: str = "",
+        tenant: str = "",
         use_cache: bool = True,
         credit: int | None = None,
         fork_of: str | None = None,
@@ -76,6 +80,7 @@ class Scheduler:
         """Queue one prompt and its parallel samples; all or none.
 
         Args:
+            tenant: who takes turns with others, and has a share of the cache.
             fork_of: a live request; blocks of the tokens that the prompt begins with as it does are shared, copy-on-write, and
                 not computed again. Once it has finished the prefix cache has what it has published.
 
@@ -98,6 +103,7 @@ class Scheduler:
                 credit=credit,
                 root=root,
                 salt=salt,
+                tenant=tenant,
                 leader=leader if shared else None,
                 shared=shared,
             )
@@ -178,16 +184,17 @@ class Scheduler:
         events = self.take_events()
         size, held = self.cache.block_size, roster.waiting.held
         failed, extras = sampled.failed, sampled.extras
+        running, finished = State.RUNNING, State.FINISHED  # looked up once, not for every row
         for index, (request, count, new) in enumerate(zip(members, step.counts, sampled.tokens, strict=True)):
             if index in failed:
                 # Whoever has left meanwhile has left its NaN behind the fence.
                 self._clears.extend(self.cache.spoiled(request))
-                if request.state is not State.FINISHED:
+                if request.state is not finished:
                     events.append(self._fail_numerically(request))
                 continue
-            if request.state is State.FINISHED:
+            if request.state is finished:
                 continue
-            if request.state is State.RUNNING:
+            if request.state is running:
                 request.computed += count
                 if request.computed // size > request.published and request.root is not None:
                     roster.publish(request)
@@ -220,9 +227,11 @@ class Scheduler:
                 continue
             new = new[:position]
             break
-        self._output_tokens += len(new)
-        if request.state is State.PREEMPTED:
-            self._roster.waiting.num_tokens += len(new)
+        count = len(new)
+        self._output_tokens += count
+        request.account.served += count
+        if request.row < 0:  # preempted
+            self._roster.waiting.num_tokens += count
         if reason is not None:
             self._roster.finish(request)
         state: Literal["decode", "stalled"] | None = "decode" if first else None
@@ -257,12 +266,6 @@ class Scheduler:
         return suspects
 
     # -- looking --------------------------------------------------------------------------------------------------
-
-    @property
-    def has_work(self) -> bool:
-        """True if a plan could have something to do, now or after a commit."""
-        roster = self._roster
-        return bool(roster.waiting.is_awake or roster.flight or roster.running)
 
     @property
     def has_requests(self) -> bool:

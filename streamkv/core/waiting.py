@@ -1,6 +1,6 @@
-"""Everybody who waits for a place: in line by rank, asleep, or held back.
+"""Everybody who waits for a place: in line, asleep, or held back.
 
-    in line    may be admitted now, first in rank first
+    in line    may be admitted now: the highest priority first, then tenants in turns, then whoever came first
     asleep     the client accepts no token now: `wake` brings it back
     held back  somebody else is computing the prefix that it begins with: `release` brings it back
 
@@ -9,8 +9,9 @@ Every waiting request is in exactly one of the three.
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush
+from bisect import insort
 
+from streamkv.core.fairness import Line
 from streamkv.core.request import Request, State
 
 __all__ = ["Waiting"]
@@ -26,8 +27,8 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._line: list[tuple[int, int, Request]] = []  # heap by rank; who has left the line is dropped when he comes up
-        self._ready: dict[str, Request] = {}  # who of the heap is really in line
+        self._lines: dict[int, Line] = {}  # by priority; one that nobody of lives any more is dropped
+        self._priorities: list[int] = []  # of the lines, in order
         self._asleep: dict[str, Request] = {}
         self.held: dict[bytes | str, list[Request]] = {}
         self.num_requests = 0
@@ -35,39 +36,54 @@ class Waiting:
 
     # -- coming and going -----------------------------------------------------------------------------------------
 
+    def join(self, request: Request) -> None:
+        """Take in a new request."""
+        line = self._lines.get(request.priority)
+        if line is None:
+            line = self._lines[request.priority] = Line()
+            insort(self._priorities, request.priority)
+        request.account = line.join(request.tenant)
+        self.add(request)
+
     def add(self, request: Request) -> None:
-        """Take in a new or a preempted request."""
+        """It waits: it is new, or has been preempted."""
         self.num_requests += 1
         self.num_tokens += len(request.tokens)
         self._queue(request)
 
-    def remove(self, request: Request) -> None:
-        """It runs now, or has ended. One that is held back must have been moved to `FINISHED`."""
+    def take(self, request: Request) -> None:
+        """It runs now."""
         self.num_requests -= 1
         self.num_tokens -= len(request.tokens)
-        self._ready.pop(request.id, None)
+        self._lines[request.priority].take(request)
+
+    def drop(self, request: Request) -> None:
+        """It has ended while it waited, in whichever of the three. It is `FINISHED` already, for those who hold it back."""
+        self.num_requests -= 1
+        self.num_tokens -= len(request.tokens)
+        self._lines[request.priority].remove(request)
         self._asleep.pop(request.id, None)
+
+    def leave(self, request: Request) -> None:
+        """It has had its last event, wherever it was."""
+        line = self._lines[request.priority]
+        line.leave(request.tenant)
+        if not line.num_live:
+            del self._lines[request.priority]
+            self._priorities.remove(request.priority)
 
     def _queue(self, request: Request) -> None:
         """Into the line, or asleep if the client accepts nothing now."""
         if request.parked:
             self._asleep[request.id] = request
-            return
-        self._ready[request.id] = request
-        heappush(self._line, (request.priority, request.arrival, request))
-        if len(self._line) > 64 and len(self._line) > 4 * len(self._ready):
-            # Do not let dropped entries pile up.
-            self._line = [entry for entry in self._line if entry[2].id in self._ready]
-            heapify(self._line)
+        else:
+            self._lines[request.priority].push(request)
 
     def head(self) -> Request | None:
-        """First in rank of those in line."""
-        line = self._line
-        while line:
-            request = line[0][2]
-            if self._ready.get(request.id) is request:
-                return request
-            heappop(line)
+        """Whose turn it is, of those in line."""
+        for priority in self._priorities:
+            if (head := self._lines[priority].head()) is not None:
+                return head
         return None
 
     # -- asleep, held back ----------------------------------------------------------------------------------------
@@ -79,7 +95,7 @@ class Waiting:
 
     def hold(self, request: Request, key: bytes | str) -> None:
         """Out of the line, until `release(key)`."""
-        del self._ready[request.id]
+        self._lines[request.priority].remove(request)
         self.held.setdefault(key, []).append(request)
 
     def release(self, key: bytes | str) -> None:
@@ -95,15 +111,13 @@ class Waiting:
         """Those who wait for credit."""
         return len(self._asleep)
 
-    @property
-    def is_awake(self) -> bool:
-        """True if somebody is in line or held back."""
-        return bool(self._ready or self.held)
-
     def check(self) -> set[str]:
         """Prove that everybody waits once, and return who waits. Raises AssertionError."""
+        assert self._priorities == sorted(self._lines), "a line is lost"
+        for line in self._lines.values():
+            line.check()
         held = [r.id for group in self.held.values() for r in group if r.state is not State.FINISHED]
-        everybody = {*self._ready, *self._asleep, *held}
-        assert len(self._ready) + len(self._asleep) + len(held) == len(everybody) == self.num_requests, "a request waits twice"
+        everybody = [*(request_id for line in self._lines.values() for request_id in line.ids()), *self._asleep, *held]
+        assert len(everybody) == len(set(everybody)) == self.num_requests, "a request waits twice"
         assert everybody or not self.num_tokens, "waiting tokens are miscounted"
-        return everybody
+        return set(everybody)

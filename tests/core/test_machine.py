@@ -44,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         credit=st.sampled_from([None, None, None, 0, 2]),
         priority=st.integers(-1, 1),
         salt=st.sampled_from(["", "", "other"]),
+        tenant=st.sampled_from(["", "", "b", "c"]),
         use_cache=st.sampled_from([True, True, False]),
     )
     def submit(self, prefix: list[int], own: list[int], max_tokens: int, n: int, stop: frozenset[int], **options: object) -> None:
@@ -62,6 +63,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 2]),
         salt=st.sampled_from(["", "", "", "other"]),
         credit=st.sampled_from([None, None, 0, 2]),
+        tenant=st.sampled_from(["", "b"]),
     )
     def fork(self, data: st.DataObject, keep: int, own: list[int], max_tokens: int, n: int, **options: object) -> None:
         """A new request that begins as a live one does, up to some token of its output, and goes on by itself."""
@@ -127,7 +129,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.world.run()
         self.world.verify()
         assert set(self.world.reason) == set(self.world.asked), "a request never ended"
-        assert not self.world.scheduler.has_work
+        assert not self.world.scheduler.has_requests
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
