@@ -120,7 +120,7 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "skv_plan_kinds": (None, (c_void_p, c_void_p)),
     "skv_attend": (None, (c_void_p, c_void_p)),
     **{f"skv_{name}": (None, (c_void_p,)) for name in ("norm", "gate", "add", "rotate", "argmax")},
-    "skv_run": (None, (c_void_p, c_int32, c_void_p)),
+    "skv_run": (None, (c_void_p, c_int32, c_void_p, c_void_p)),
 }
 
 

@@ -70,6 +70,7 @@ class Recorded:
         self._parts: list[tuple[Any, int] | _TorchCall] = []
         self.num_bytes = tape.arena.num_bytes
         self.num_native = self.num_torch = 0
+        self.seconds: Any = None  # an array of doubles, by `KINDS`: where native operations add up their time
         run: list[tuple[int, Any]] = []
         for part in [*tape.parts, None]:
             if isinstance(part, tuple):
@@ -96,7 +97,7 @@ class Recorded:
         try:
             for part in self._parts:
                 if isinstance(part, tuple):
-                    self._native.skv_run(part[0], part[1], plans)
+                    self._native.skv_run(part[0], part[1], plans, self.seconds)
                 else:
                     part.again()
         except OtherPathError:

@@ -3,6 +3,8 @@
 #include "rows.h"
 #include "team.h"
 
+#include <omp.h>
+
 namespace skv {
 
 struct Attend {
@@ -30,11 +32,13 @@ struct Op {
 extern "C" {
 
 // plans: one for each shape of attention layers. Every operation ends with a barrier, so the next one sees what it wrote.
-void skv_run(const skv::Op* ops, int32_t count, skv::Plan* const* plans) {
+// seconds: null, or where the time of each kind of operation is added up.
+void skv_run(const skv::Op* ops, int32_t count, skv::Plan* const* plans, double* seconds) {
   using namespace skv;
 #pragma omp parallel
   for (int i = 0; i < count; i++) {
     const void* call = ops[i].call;
+    const double began = seconds ? omp_get_wtime() : 0;
     switch (ops[i].kind) {
       case Op::ATTEND: {
         const auto& a = *(const Attend*)call;
@@ -51,6 +55,7 @@ void skv_run(const skv::Op* ops, int32_t count, skv::Plan* const* plans) {
       case Op::ADD: add_team(*(const Add*)call); break;
       case Op::ROTATE: rotate_team(*(const Rotate*)call); break;
     }
+    if (seconds && omp_get_thread_num() == 0) seconds[ops[i].kind] += omp_get_wtime() - began;
   }
 }
 }
