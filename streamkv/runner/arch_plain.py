@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from streamkv.attention import LayerSpec
 
 __all__ = ["PlainPool", "hidden_from", "softmax_attention"]
 
 
-def softmax_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: LayerSpec, sinks: torch.Tensor | None
-) -> torch.Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, spec: LayerSpec, sinks: Tensor | None) -> Tensor:
     """Attend as `spec` says; the new tokens are the last ones of the context.
 
     Args:
@@ -39,7 +38,7 @@ def softmax_attention(
     return (weights @ values).transpose(0, 1).to(query.dtype).contiguous()
 
 
-def hidden_from(new: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
+def hidden_from(new: int, context: int, window: int | None, device: torch.device) -> Tensor:
     """[new, context], True where a token may not look."""
     position = torch.arange(context - new, context, device=device)[:, None]
     other = torch.arange(context, device=device)[None]
@@ -57,20 +56,14 @@ class PlainPool:
 
     layers: tuple[LayerSpec, ...]
     parts: list[tuple[str, int, int]] = field(default_factory=list)
-    _kept: dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _kept: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def mask(self, **_kwargs: Any) -> None:
         """None, as in the runner."""
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
         """Sequence by sequence, each over what was kept of it and what is new."""
         index: int = module.layer_idx  # type: ignore[assignment]  # seen in the survey
         outputs = []

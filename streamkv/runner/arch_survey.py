@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 from transformers.masking_utils import eager_mask
 
 from streamkv.attention import LayerSpec
@@ -23,7 +24,7 @@ _MANY_KEYS: Final = 2048
 _LARGE_SCORES: Final = 3.0
 """Standard deviation of the scores in the equation's check: soft-capping shows in scores, not near 0."""
 
-_MaskFunction = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor], torch.Tensor]
+_MaskFunction = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 
 
 class Survey:
@@ -39,8 +40,8 @@ class Survey:
         self._module = module
         self._max_len = max_len
         self._layers: dict[int, LayerSpec] = {}
-        self._keys: list[torch.Tensor] = []  # kept, so that no address is used twice
-        self._masks: list[tuple[torch.Tensor, _MaskFunction]] = []
+        self._keys: list[Tensor] = []  # kept, so that no address is used twice
+        self._masks: list[tuple[Tensor, _MaskFunction]] = []
         self._windows: dict[int, int | None] = {}  # by id of the mask
         self._equations: set[tuple[type, LayerSpec]] = set()  # already checked
 
@@ -57,21 +58,15 @@ class Survey:
             refuse("layers", self._module, what=f"numbered {', '.join(map(str, sorted(self._layers)))}")
         return tuple(self._layers[index] for index in range(count))
 
-    def mask(self, **kwargs: Any) -> torch.Tensor:
+    def mask(self, **kwargs: Any) -> Tensor:
         """The mask of the model's own eager attention; the function that made it is remembered."""
-        mask: torch.Tensor = eager_mask(**kwargs)
+        mask: Tensor = eager_mask(**kwargs)
         self._masks.append((mask, kwargs["mask_function"]))
         return mask
 
     def attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
         """Look at one layer, then attend as it asks."""
         index = self._index(module)
         self._check_tensors(index, query, key, value)
@@ -92,7 +87,7 @@ class Survey:
             self._check_equation(index, module, spec, kwargs, value.device)
         return softmax_attention(query[0], key[0], value[0], spec, kwargs.get("s_aux"))[None]
 
-    def _index(self, module: torch.nn.Module) -> int:
+    def _index(self, module: nn.Module) -> int:
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int):
             refuse("layers", self._module, what="not numbered")
@@ -100,7 +95,7 @@ class Survey:
             refuse("layers", self._module, what=f"entered twice (layer {index})")
         return index
 
-    def _check_tensors(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _check_tensors(self, index: int, query: Tensor, key: Tensor, value: Tensor) -> None:
         if not query.shape[-1] == key.shape[-1] == value.shape[-1]:
             refuse("width", self._module, index=index, key=key.shape[-1], value=value.shape[-1])
         if any(key.data_ptr() == other.data_ptr() for other in self._keys):
@@ -113,7 +108,7 @@ class Survey:
         if unknown:
             refuse("arguments", self._module, index=index, what=", ".join(sorted(unknown)))
 
-    def _window(self, index: int, mask: torch.Tensor | None) -> int | None:
+    def _window(self, index: int, mask: Tensor | None) -> int | None:
         """The window that a layer's mask shows; the mask is what the model's own attention obeys, whatever else it is told."""
         if mask is None:
             refuse("mask", self._module, index=index, what="no causal mask")
@@ -130,7 +125,7 @@ class Survey:
         batch = torch.zeros((), dtype=torch.long, device=device)
         positions = torch.arange(self._max_len, device=device)
 
-        def visible(query: int) -> torch.Tensor:
+        def visible(query: int) -> Tensor:
             try:
                 return function(batch, 0, torch.tensor(query, device=device), positions).expand(positions.shape)
             except IndexError:  # it looks the tokens of this pass up
@@ -147,7 +142,7 @@ class Survey:
         return window if window <= last else None
 
     def _check_equation(
-        self, index: int, module: torch.nn.Module, spec: LayerSpec, kwargs: dict[str, Any], device: torch.device
+        self, index: int, module: nn.Module, spec: LayerSpec, kwargs: dict[str, Any], device: torch.device
     ) -> None:
         """The layer's own eager function against ours on random vectors: a chunk, and one token that looks far back."""
         own = _eager_function(module, kwargs)
@@ -166,7 +161,7 @@ class Survey:
                 refuse("equation", self._module, index=index)
 
 
-def _eager_function(module: Any, kwargs: dict[str, Any]) -> Callable[..., torch.Tensor] | None:
+def _eager_function(module: Any, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
     """(q, k, v, mask) -> [1, new, num_heads, head_dim] by the model's own code, or None if it has no function of its own."""
     replaced = getattr(module, "_attn", None)
     if replaced is not None and hasattr(replaced, "original"):  # see hook.attach

@@ -15,7 +15,8 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one tenant may use; None = as much as the server has.
 
     Attributes:
-        requests_per_s: new requests, on average; a second's worth may come at once. One of several inputs is one.
+        requests_per_s: new requests, on average; a second's worth may come at once. An HTTP request of several
+            inputs is one.
         prompt_tokens_per_s: tokens of their prompts, on average; a second's worth, or one request, may come at once.
         streams: streams alive at the same time; each parallel sample is one, and each input that is being computed.
     """

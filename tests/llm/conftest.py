@@ -9,19 +9,14 @@ from typing import Any
 import pytest
 
 from streamkv import LLM
-from tests.runner.tiny import save_tiny
-from tests.text.kinds import CHATML, raw
+from tests.runner.tiny import save_talking
 
 SETTINGS: dict[str, Any] = {"backend": "torch", "dtype": "float32", "num_blocks": 128, "block_size": 8, "max_model_len": 256}
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: a tiny random Llama with 512 logits, a byte-level tokenizer of fewer, a ChatML template."""
-    path = save_tiny(tmp_path_factory.mktemp("model"), vocab_size=512)
-    raw("byte_level").save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(CHATML)
-    return path
+    return save_talking(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

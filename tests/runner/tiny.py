@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.text.kinds import CHATML, raw
+
 VOCAB = 300
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -53,6 +55,14 @@ def save_tiny(folder: Path, rope: str = "default", **changes: Any) -> Path:
         torch.manual_seed(0)
         model = LlamaForCausalLM(tiny_config(rope, **changes))
     model.save_pretrained(folder)
+    return folder
+
+
+def save_talking(folder: Path) -> Path:
+    """Write a tiny model with 512 logits, a byte-level tokenizer of fewer ids and a ChatML template."""
+    save_tiny(folder, vocab_size=512)
+    raw("byte_level").save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHATML)
     return folder
 
 

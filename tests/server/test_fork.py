@@ -15,22 +15,12 @@ from streamkv.engine.config import EngineConfig
 from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
-from tests.runner.tiny import save_tiny
 from tests.server.serving import Ended, Raw
-from tests.text.kinds import CHATML, raw
 
 TEXT = "the quick brown fox jumps over the lazy dog and the dog says"
 BLOCK = 8
 LIMITS = SessionLimits(flush_tokens=1, flush_s=0.0, flush_busy_s=0.0)
 """A delta for each step, so that there are many borders."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_tiny(tmp_path_factory.mktemp("model"), vocab_size=512)
-    raw("byte_level").save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(CHATML)
-    return path
 
 
 class Home:

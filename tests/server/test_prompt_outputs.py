@@ -2,53 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streamkv import Engine
 from streamkv.client import RemoteError, connect
-from streamkv.engine.config import EngineConfig
 from streamkv.engine.fake import fake_info
-from streamkv.server.app import Server
-from streamkv.server.config import ServerConfig
-from tests.runner.tiny import save_tiny
 from tests.server.serving import CONTEXT, VOCAB, HeldEngine, serving
-from tests.text.kinds import CHATML, raw
 
 CODECS = ["json", "msgpack"]
 TEXT = "the quick brown fox jumps over the lazy dog"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_tiny(tmp_path_factory.mktemp("model"), vocab_size=512)
-    raw("byte_level").save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(CHATML)
-    return path
-
-
-@pytest.fixture
-async def served(folder: Path) -> AsyncIterator[tuple[str, Engine]]:
-    """A server over a tiny real model, and its engine to compare with."""
-    async with Engine(EngineConfig(model=str(folder), num_blocks=128, block_size=8, max_model_len=256)) as engine:
-        server = Server(engine.streams, ServerConfig(port=0))
-        async with server.listening():
-            yield f"ws://127.0.0.1:{server.port}/v1/stream", engine
+def url_of(address: str) -> str:
+    return f"ws://{address}/v1/stream"
 
 
 @pytest.mark.parametrize("codec", CODECS)
-async def test_embeddings_and_scores_are_those_of_the_python_api(served: tuple[str, Engine], codec: Any):
-    url, engine = served
+async def test_embeddings_and_scores_are_those_of_the_python_api(real: tuple[str, Engine], codec: Any):
+    address, engine = real
     texts = [
         TEXT,
         "Blocks are shared",
         "日本語のテキスト, and more",
         *(f"number {n}" for n in range(20)),
     ]  # more than one frame takes
-    async with connect(url, codec=codec) as client:
+    async with connect(url_of(address), codec=codec) as client:
         vectors = await client.embed(texts, pooling="mean")
         scores = await client.score(texts)
         choices = await client.score([" fox", " dog"], prompt="the quick brown")
@@ -66,9 +46,9 @@ async def test_embeddings_and_scores_are_those_of_the_python_api(served: tuple[s
 
 
 @pytest.mark.parametrize("codec", CODECS)
-async def test_echo_and_prompt_logprobs(served: tuple[str, Engine], codec: Any):
-    url, engine = served
-    async with connect(url, codec=codec) as client:
+async def test_echo_and_prompt_logprobs(real: tuple[str, Engine], codec: Any):
+    address, engine = real
+    async with connect(url_of(address), codec=codec) as client:
         plain = client.complete(TEXT, max_tokens=8, temperature=0)
         echoed = client.complete(TEXT, max_tokens=8, temperature=0, echo=True, logprobs=2)
         scored = client.complete(TEXT, max_tokens=0, prompt_logprobs=0)
@@ -86,7 +66,7 @@ async def test_echo_and_prompt_logprobs(served: tuple[str, Engine], codec: Any):
     assert (scored.text, scored.done.finish_reason, scored.done.usage.completion) == ("", "length", 0)
 
 
-async def test_frames_of_the_prompt_are_small_and_come_before_text(served: tuple[str, Engine]):
+async def test_frames_of_the_prompt_are_small_and_come_before_text():
     async with serving() as fake, fake.raw() as socket:
         await socket.create("s", "x" * 200, max_tokens=2, prompt_logprobs=0)
         seen = []
@@ -108,9 +88,9 @@ async def test_more_log_probabilities_than_may_wait_are_refused():
         assert await client.score([[1] * (context - 1)]), "a score reports no single tokens"
 
 
-async def test_inputs_that_cannot_be_read_end_their_own_stream_only(served: tuple[str, Engine]):
-    url, _ = served
-    async with connect(url) as client:
+async def test_inputs_that_cannot_be_read_end_their_own_stream_only(real: tuple[str, Engine]):
+    address, _ = real
+    async with connect(url_of(address)) as client:
         good, bad = client._create("score", {"input": [TEXT, [5]]}, 2, {})
         assert await good.result() == ""
         with pytest.raises(RemoteError, match="no token that could be scored"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -12,14 +10,9 @@ import openai
 import pytest
 
 from streamkv import Engine, SamplingParams
-from streamkv.engine.config import EngineConfig
-from streamkv.server.app import Server
-from streamkv.server.config import ServerConfig
 from streamkv.server.principal import Principal
-from tests.runner.tiny import save_tiny
 from tests.server.openai.dialect import CHAT, COMPLETIONS, HELLO, door, known, post
 from tests.server.serving import eventually
-from tests.text.kinds import CHATML, raw
 
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
 
@@ -79,27 +72,10 @@ def test_no_salt_reads_as_another_tenants():
 # -- a real model ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_tiny(tmp_path_factory.mktemp("model"), vocab_size=512)
-    raw("byte_level").save(str(path / "tokenizer.json"))
-    (path / "chat_template.jinja").write_text(CHATML)
-    return path
-
-
-@pytest.fixture
-async def real(folder: Path) -> AsyncIterator[tuple[str, Engine]]:
-    """A server over a tiny real model, and its engine to compare with."""
-    async with Engine(EngineConfig(model=str(folder), num_blocks=128, block_size=8, max_model_len=256)) as engine:
-        server = Server(engine.streams, ServerConfig(port=0))
-        async with server.listening():
-            yield f"http://127.0.0.1:{server.port}/v1", engine
-
-
 async def test_a_real_model_says_the_same_streamed_whole_and_in_process(real: tuple[str, Engine]):
-    url, engine = real
+    address, engine = real
     texts = ["the quick brown fox", "日本語のテキスト", "Blocks are shared; "]
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0) as client:
         (model,) = (await client.models.list()).data
 
         async def compare(text: str, **body: Any) -> None:
@@ -128,9 +104,9 @@ async def test_a_real_model_says_the_same_streamed_whole_and_in_process(real: tu
 
 
 async def test_a_salt_keeps_blocks_apart(real: tuple[str, Engine]):
-    url, _ = real
+    address, _ = real
     text = "the quick brown fox jumps over the lazy dog"
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0) as client:
 
         async def cached(**extra: Any) -> int:
             made = await client.completions.create(model=model, prompt=text, max_tokens=1, extra_body=extra)
@@ -148,14 +124,14 @@ async def test_a_salt_keeps_blocks_apart(real: tuple[str, Engine]):
 
 
 async def test_a_real_engine_is_empty_after_its_clients_have_left(real: tuple[str, Engine]):
-    url, engine = real
+    address, engine = real
     body = {"messages": HELLO, "max_tokens": 200, "n": 3, "ignore_eos": True}
     async with aiohttp.ClientSession() as http:
-        async with http.post(f"{url}/chat/completions", json=body | {"stream": True}) as response:
+        async with http.post(f"http://{address}/v1/chat/completions", json=body | {"stream": True}) as response:
             while b"content" not in await response.content.readline():
                 pass
             response.close()
-        asking = asyncio.create_task(http.post(f"{url}/chat/completions", json=body))
+        asking = asyncio.create_task(http.post(f"http://{address}/v1/chat/completions", json=body))
         await eventually(lambda: engine.streams.num_open == 3)
         asking.cancel()
         await asyncio.wait({asking})
