@@ -50,8 +50,7 @@ def main() -> None:
         arguments.requests = 200
     print_setting("streamkv", "aiohttp", "uvloop")
     configure_logs(level="error")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(arguments))
+    uvloop.run(_measure(arguments))
 
 
 async def _measure(arguments: argparse.Namespace) -> None:

@@ -73,8 +73,7 @@ def _run(arguments: argparse.Namespace, source: random.Random) -> tuple[Counter[
     theirs.close()
     try:
         port: int = ours.recv()
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            ends, signalled = runner.run(_talk(port, process.pid or 0, arguments, source.random()))
+        ends, signalled = uvloop.run(_talk(port, process.pid or 0, arguments, source.random()))
         process.join(40)
         return ends, process.exitcode, time.monotonic() - signalled
     finally:
@@ -116,8 +115,7 @@ async def _end(stream: Stream, index: int, tokens: int) -> str:
 
 def _server(parent: Connection) -> None:
     configure_logs(level="error")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        complete = runner.run(_serve(parent))
+    complete = uvloop.run(_serve(parent))
     raise SystemExit(0 if complete else 1)
 
 

@@ -90,8 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     frames = 2000 if arguments.quick else arguments.frames
     print_setting("streamkv", "aiohttp", "uvloop", "msgspec")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(frames, arguments.seed))
+    uvloop.run(_measure(frames, arguments.seed))
 
 
 async def _measure(frames: int, seed: int) -> None:

@@ -56,8 +56,7 @@ def _idle(count: int, setting: Setting) -> tuple[str, ...]:
 
 def _client(parent: Connection, port: int, count: int) -> None:
     more_files()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_stay(parent, port, count))
+    uvloop.run(_stay(parent, port, count))
 
 
 async def _stay(parent: Connection, port: int, count: int) -> None:

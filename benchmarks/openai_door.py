@@ -154,8 +154,7 @@ async def _served(port: int, load: Load) -> tuple[float, float, int]:
 
 
 def _client(parent: Connection, load: Load, port: int) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_drive(parent, load, port))
+    uvloop.run(_drive(parent, load, port))
 
 
 async def _drive(parent: Connection, load: Load, port: int) -> None:

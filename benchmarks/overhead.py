@@ -48,8 +48,7 @@ def main() -> None:
     configure_logs(level="error")
     use_short_switch_interval()
     model = build_model(arguments.model_dir, tiny=arguments.quick)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        pairs = runner.run(_measure(model, arguments))
+    pairs = uvloop.run(_measure(model, arguments))
     rows = []
     for index, name in enumerate(("by the clock", "processor time of the engine's process")):
         alone, served = ([pair[arm][index] for pair in pairs] for arm in (0, 1))
@@ -115,8 +114,7 @@ async def _served(engine: EngineClient, model: Path, work: list[Job]) -> tuple[f
 
 
 def _client(parent: Connection, port: int, work: list[Job]) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_read(parent, port, work))
+    uvloop.run(_read(parent, port, work))
 
 
 async def _read(parent: Connection, port: int, work: list[Job]) -> None:

@@ -57,8 +57,7 @@ def main() -> None:
         arguments.seconds = 3.0
     print_setting("streamkv", "aiohttp", "uvloop")
     configure_logs(level="error")
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_measure(arguments))
+    uvloop.run(_measure(arguments))
 
 
 async def _measure(arguments: argparse.Namespace) -> None:
@@ -117,8 +116,7 @@ async def _send(port: int, load: Load) -> tuple[list[Outcome], float]:
 
 
 def _client(parent: Connection, port: int, load: Load) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        parent.send(runner.run(_drive(port, load)))
+    parent.send(uvloop.run(_drive(port, load)))
 
 
 async def _drive(port: int, load: Load) -> tuple[list[Outcome], float]:

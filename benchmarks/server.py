@@ -233,8 +233,7 @@ async def _serve(parent: Connection, setting: Setting) -> None:
 
 
 def _client(parent: Connection, setting: Setting, port: int) -> None:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_read_all(parent, setting, port))
+    uvloop.run(_read_all(parent, setting, port))
 
 
 async def _read_all(parent: Connection, setting: Setting, port: int) -> None:

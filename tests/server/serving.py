@@ -13,7 +13,7 @@ import aiohttp
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from streamkv.engine.api import EngineRequest
+from streamkv.engine.api import EngineRequest, KVMap
 from streamkv.engine.fake import FakeEngine, Reply, fake_info
 from streamkv.protocol.limits import SessionLimits
 from streamkv.server.app import Server
@@ -75,6 +75,7 @@ class HeldEngine(FakeEngine):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.requests: list[EngineRequest] = []
+        self.looks = 0  # at the blocks
         self._held: dict[str, int | None] = {}  # what the test allows
         self._granted: dict[str, int | None] = {}  # what the client accepts
         # Cleared, they make the engine one behind a slow wire: the request is on its way, or its answer is.
@@ -99,6 +100,10 @@ class HeldEngine(FakeEngine):
         for request_id in list(self._live):
             self._held[request_id] = limit
             await super().credit(request_id, _least(limit, self._granted.get(request_id)) or 0)
+
+    async def kv_map(self) -> KVMap:
+        self.looks += 1
+        return await super().kv_map()
 
     @property
     def live(self) -> list[str]:
