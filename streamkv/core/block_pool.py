@@ -9,14 +9,27 @@ All blocks are made at start. A block is in exactly one of three states, and fre
 A *publication* says "this block holds these tokens after that parent". It has a digest (SHA-256 chain, the index key) and a
 serial number of its own. A child stores its parent's serial, and a hit needs equal tokens **and** equal parent serial, so
 a collision or a recycled parent can never give the wrong KV: the digest only finds a candidate.
+
+Tenants share what is cached. Who needs a block while none is free takes
+
+1. what nobody has wanted for `STALE_S`, the least recently used of all,
+2. its own least recently used one, if it has more than its share: cached blocks / tenants that have some,
+3. else that of the tenant that has most,
+4. else (all have as many) the least recently used of all.
+
+So no tenant loses cached blocks to another while it has less than its share. With one tenant all four are the same block.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Final
 
-__all__ = ["Block", "BlockPool", "Parent"]
+__all__ = ["STALE_S", "Block", "BlockPool", "Parent"]
+
+STALE_S: Final = 600.0
+"""After so long, a share protects a block no longer: a tenant that has gone for the day leaves its part to the others."""
 
 Parent = int | bytes
 """What a publication hangs on: the parent's serial, or the root (bytes) for the first block of a sequence."""
@@ -33,10 +46,11 @@ class Block:
         parent: serial of the parent publication (or root) while published.
         serial: serial of this publication; -1 while not published.
         salt: whose publication it is, while published.
+        tenant: in whose share it is, while published.
         idle_since: `BlockPool.now` when its last owner left it.
     """
 
-    __slots__ = ("count", "digest", "id", "idle_since", "packed", "parent", "salt", "serial")
+    __slots__ = ("count", "digest", "id", "idle_since", "packed", "parent", "salt", "serial", "tenant")
 
     def __init__(self, block_id: int) -> None:
         self.id = block_id
@@ -46,6 +60,7 @@ class Block:
         self.parent: Parent = b""
         self.serial = -1
         self.salt = ""
+        self.tenant = ""
         self.idle_since = 0.0
 
     def __repr__(self) -> str:
@@ -53,7 +68,10 @@ class Block:
 
 
 class BlockPool:
-    """Reference counts, the free list, the LRU order of cached blocks and the index. Every operation is O(1) per block."""
+    """Reference counts, the free list, the LRU order of cached blocks and the index.
+
+    Every operation is O(1) per block, but eviction for a tenant within its share: that looks at every tenant with cached blocks.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 1:
@@ -61,6 +79,7 @@ class BlockPool:
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))  # popped from the end: low ids first
         self._cached: OrderedDict[int, Block] = OrderedDict()  # oldest first
+        self._shares: dict[str, OrderedDict[int, Block]] = {}  # the same by tenant; of those that have some
         self._index: dict[bytes, Block] = {}
         # Children by (parent, first four token bytes): finds a block that matches partly without a scan of all siblings.
         self._children: dict[tuple[Parent, bytes], dict[int, Block]] = {}
@@ -103,8 +122,11 @@ class BlockPool:
 
     # -- ownership ------------------------------------------------------------------------------------------------
 
-    def allocate(self) -> int:
-        """Hand out one block with one owner; evicts the least recently used cached block if none is free.
+    def allocate(self, tenant: str = "") -> int:
+        """Hand out one block with one owner; evicts a cached block if none is free.
+
+        Args:
+            tenant: who needs it; decides whose block is evicted.
 
         Raises:
             IndexError: nothing available; callers check `num_available` first.
@@ -114,19 +136,46 @@ class BlockPool:
         else:
             if not self._cached:
                 raise IndexError("no block available")
-            _, block = self._cached.popitem(last=False)
+            block = self._victim(tenant)
+            self._uncache(block)
             self._remember(block)
             self._unpublish(block)
             self.num_evictions += 1
         block.count = 1
         return block.id
 
+    def _victim(self, tenant: str) -> Block:
+        """The cached block that `tenant` may take."""
+        oldest, shares = next(iter(self._cached.values())), self._shares
+        if len(shares) == 1 or self.now - oldest.idle_since > STALE_S:
+            return oldest
+        share = len(self._cached) / len(shares)
+        largest = shares.get(tenant)
+        if largest is None or len(largest) <= share:
+            largest = max(shares.values(), key=len)
+        return next(iter(largest.values())) if len(largest) > share else oldest
+
     def acquire(self, block_id: int) -> None:
         """Add an owner to a used or cached block."""
         block = self._blocks[block_id]
         if block.count == 0:
-            del self._cached[block_id]  # KeyError: a free block has nothing to share
+            self._uncache(block)  # KeyError: a free block has nothing to share
         block.count += 1
+
+    def _cache(self, block: Block) -> None:
+        """Into the LRU order, as the latest."""
+        self._cached[block.id] = block
+        share = self._shares.get(block.tenant)
+        if share is None:
+            share = self._shares[block.tenant] = OrderedDict()
+        share[block.id] = block
+
+    def _uncache(self, block: Block) -> None:
+        del self._cached[block.id]
+        share = self._shares[block.tenant]
+        del share[block.id]
+        if not share:
+            del self._shares[block.tenant]
 
     def release(self, block_ids: Iterable[int]) -> None:
         """Take one owner from each block, in the given order: the first released is the first evicted.
@@ -141,14 +190,19 @@ class BlockPool:
             if block.count == 0:
                 block.idle_since = self.now
                 if block.serial >= 0:
-                    self._cached[block_id] = block
+                    self._cache(block)
                 else:
                     self._free.append(block_id)
 
     # -- index ----------------------------------------------------------------------------------------------------
 
-    def publish(self, block_id: int, digest: bytes, packed: bytes, parent: Parent, salt: str = "") -> Parent | None:
+    def publish(
+        self, block_id: int, digest: bytes, packed: bytes, parent: Parent, salt: str = "", tenant: str = ""
+    ) -> Parent | None:
         """Make a full, committed block findable. `salt` only tells whose it is; that others do not find it is the digest's work.
+
+        Args:
+            tenant: in whose share it is once it is cached.
 
         Returns:
             The parent for the block's successor: the serial of this publication, or of an older one with the same tokens
@@ -165,7 +219,7 @@ class BlockPool:
         block = self._blocks[block_id]
         assert block.serial < 0, f"block {block_id} published twice"
         assert block.count > 0, f"block {block_id} published without an owner"
-        block.digest, block.packed, block.parent, block.salt = digest, packed, parent, salt
+        block.digest, block.packed, block.parent, block.salt, block.tenant = digest, packed, parent, salt, tenant
         block.serial = self._next_serial
         self._next_serial += 1
         self._index[digest] = block
@@ -232,6 +286,7 @@ class BlockPool:
             _, block = self._cached.popitem(last=False)
             self._unpublish(block)
             self._free.append(block.id)
+        self._shares.clear()
         return dropped
 
     def _reachable(self, block: Block) -> bool:
@@ -239,10 +294,10 @@ class BlockPool:
         return isinstance(parent, bytes) or parent in self._live
 
     def _retire(self, block: Block) -> None:
-        self._unpublish(block)
         if block.count == 0:
-            del self._cached[block.id]
+            self._uncache(block)
             self._free.append(block.id)
+        self._unpublish(block)
 
     def _unpublish(self, block: Block) -> None:
         assert block.digest is not None
@@ -253,7 +308,8 @@ class BlockPool:
         del siblings[block.id]
         if not siblings:
             del self._children[key]
-        block.digest, block.packed, block.parent, block.serial, block.salt = None, b"", b"", -1, ""
+        block.digest, block.packed, block.parent, block.serial = None, b"", b"", -1
+        block.salt = block.tenant = ""
 
     # -- looking --------------------------------------------------------------------------------------------------
 
@@ -264,7 +320,7 @@ class BlockPool:
     # -- self-check -----------------------------------------------------------------------------------------------
 
     def cached_ids(self) -> list[int]:
-        """Cached blocks, the next to be evicted first."""
+        """Cached blocks, the least recently used first."""
         return list(self._cached)
 
     def check(self, owners: dict[int, int]) -> None:
@@ -290,6 +346,12 @@ class BlockPool:
                 assert self._index[block.digest] is block, f"{block} is not in the index"
                 assert self._live[block.serial] is block, f"{block} is not alive"
                 assert self._children[block.parent, block.packed[:4]][block.id] is block, f"{block} is no child"
+        order = list(self._cached)
+        for tenant, share in self._shares.items():
+            own = [block_id for block_id in order if self._blocks[block_id].tenant == tenant]
+            assert own, f"{tenant!r} has a share of nothing"
+            assert list(share) == own, f"the share of {tenant!r} is in another order, or is not its own"
+        assert sum(map(len, self._shares.values())) == len(order), "a cached block is in no share"
         published_blocks = sum(1 for block in self._blocks if block.serial >= 0)
         assert len(self._index) == len(self._live) == published_blocks, "index holds what no block has"
         assert sum(map(len, self._children.values())) == published_blocks, "children hold what no block has"

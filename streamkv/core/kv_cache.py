@@ -135,7 +135,7 @@ class KVCache:
         self._holders[request.id] = request
         if hit.source < 0:
             return []
-        target = pool.allocate()  # may evict the source itself: then the content is in place already
+        target = pool.allocate(request.tenant)  # may evict the source itself: then the content is in place already
         blocks.append(target)
         return [(hit.source, target)] if target != hit.source else []
 
@@ -209,12 +209,12 @@ class KVCache:
         if self._shared_tail(request):
             first = request.planned // self.block_size
             source = blocks[first]
-            target = pool.allocate()
+            target = pool.allocate(request.tenant)
             pool.release((source,))
             blocks[first] = target
             copies.append((source, target))
         while len(blocks) * self.block_size < end:
-            blocks.append(pool.allocate())
+            blocks.append(pool.allocate(request.tenant))
         return first, tuple(blocks[first:]), copies
 
     # -- commit ---------------------------------------------------------------------------------------------------
@@ -234,7 +234,8 @@ class KVCache:
         for index, (digest, packed) in enumerate(done, request.published):
             if request.parent is None:
                 break
-            request.parent = self.pool.publish(request.blocks[index], digest, packed, request.parent, request.salt)
+            block_id = request.blocks[index]
+            request.parent = self.pool.publish(block_id, digest, packed, request.parent, request.salt, request.tenant)
         request.published = full
         return [digest for digest, _ in done]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from hashlib import sha256
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from streamkv.core.block_pool import BlockPool, Parent
+from streamkv.core.block_pool import STALE_S, BlockPool, Parent
 
 ROOT = b"root"
 Path = tuple[tuple[int, ...], ...]
@@ -145,6 +146,54 @@ def test_reset_forgets_what_is_cached_and_keeps_what_is_used() -> None:
     assert pool.match(keys_of((A,), 32), ROOT) == [used]
 
 
+def cached(owners: str, *, num_blocks: int | None = None) -> BlockPool:
+    """A pool whose blocks 0, 1, 2, … are cached, of the tenants that `owners` names, the first the least recently used."""
+    pool = BlockPool(num_blocks or len(owners))
+    for number, tenant in enumerate(owners):
+        block = pool.allocate(tenant)
+        (digest, content), *_ = keys_of(((number, number),), 32)
+        pool.publish(block, digest, content, ROOT, tenant=tenant)
+        pool.release([block])
+        pool.now += 1.0
+    return pool
+
+
+def taken(pool: BlockPool, tenant: str, times: int) -> list[int]:
+    blocks = [pool.allocate(tenant) for _ in range(times)]
+    pool.check(dict.fromkeys(blocks, 1))
+    return blocks
+
+
+def test_who_has_more_than_its_share_takes_from_itself() -> None:
+    assert taken(cached("BBAAAAAB"), "A", 2) == [2, 3]
+
+
+def test_who_has_less_takes_from_whoever_has_most() -> None:
+    assert taken(cached("BCBAAAAC"), "B", 1) == [3]
+    assert taken(cached("BCBAAAAC"), "nobody", 2) == [3, 4]
+
+
+def test_among_equals_the_least_recently_used_goes_first() -> None:
+    assert taken(cached("ABBACC"), "C", 1) == [0]
+    assert taken(cached("ABBACC"), "D", 1) == [0]
+
+
+def test_a_flood_leaves_others_what_they_have_up_to_their_share() -> None:
+    pool = cached("BBB" + "A" * 9)
+    for _ in range(40):
+        (block,) = taken(pool, "A", 1)
+        (digest, content), *_ = keys_of(((99, pool.num_evictions),), 32)
+        pool.publish(block, digest, content, ROOT, tenant="A")
+        pool.release([block])
+    assert [pool.match(keys_of(((n, n),), 32), ROOT) for n in range(3)] == [[0], [1], [2]]
+
+
+def test_nothing_is_kept_for_who_has_not_wanted_it_for_long() -> None:
+    pool = cached("BBAAAA")
+    pool.now = STALE_S + 0.5  # the first of B's is older than that, the second is not
+    assert taken(pool, "A", 2) == [0, 2]
+
+
 def test_check_sees_a_wrong_count() -> None:
     pool = BlockPool(2)
     block = pool.allocate()
@@ -164,25 +213,43 @@ class PoolMachine(RuleBasedStateMachine):
         self.owners: dict[int, int] = {}
         self.path: dict[int, Path] = {}  # of every published block
         self.lru: list[int] = []
+        self.tenant: dict[int, str] = {}  # of every published block
+        self.idle: dict[int, float] = {}
         self.serials: dict[int, Path] = {}
 
     def _unpublish(self, block: int) -> None:
         self.path.pop(block, None)
 
-    @rule()
-    def allocate(self) -> None:
+    @rule(tenant=st.sampled_from("AABC"))
+    def allocate(self, tenant: str) -> None:
         free = set(range(self.num_blocks)) - set(self.owners) - set(self.lru)
         if not free and not self.lru:
             with pytest.raises(IndexError):
-                self.pool.allocate()
+                self.pool.allocate(tenant)
             return
-        block = self.pool.allocate()
+        block = self.pool.allocate(tenant)
         if free:
             assert block in free, "a cached block was taken while another was free"
         else:
-            assert block == self.lru.pop(0), "not the least recently used"
+            self._check_victim(block, tenant)
+            self.lru.remove(block)
             self._unpublish(block)
         self.owners[block] = 1
+
+    def _check_victim(self, victim: int, tenant: str) -> None:
+        held = Counter(self.tenant[block] for block in self.lru)
+        own = [block for block in self.lru if self.tenant[block] == self.tenant[victim]]
+        most = max(held.values())
+        if len(held) == 1 or self.pool.now - self.idle[self.lru[0]] > STALE_S or most == min(held.values()):
+            assert victim == self.lru[0], "not the least recently used"
+        elif held[tenant] * len(held) > len(self.lru):
+            assert (self.tenant[victim], victim) == (tenant, own[0]), "not its own, though it has more than its share"
+        else:
+            assert (len(own), victim) == (most, own[0]), "not of the tenant that has most"
+
+    @rule(seconds=st.sampled_from([1.0, STALE_S / 2, STALE_S]))
+    def wait(self, seconds: float) -> None:
+        self.pool.now += seconds
 
     @precondition(lambda self: self.owners or self.lru)
     @rule(data=st.data())
@@ -204,10 +271,11 @@ class PoolMachine(RuleBasedStateMachine):
                 del self.owners[block]
                 if block in self.path:
                     self.lru.append(block)
+                    self.idle[block] = self.pool.now
 
     @precondition(lambda self: any(block not in self.path for block in self.owners))
-    @rule(data=st.data(), tokens=st.tuples(st.integers(0, 2), st.integers(0, 2)))
-    def publish(self, data: st.DataObject, tokens: tuple[int, int]) -> None:
+    @rule(data=st.data(), tokens=st.tuples(st.integers(0, 2), st.integers(0, 2)), tenant=st.sampled_from("AABC"))
+    def publish(self, data: st.DataObject, tokens: tuple[int, int], tenant: str) -> None:
         """A block with `tokens` behind any published block (or the root)."""
         block = data.draw(st.sampled_from(sorted(b for b in self.owners if b not in self.path)))
         behind = data.draw(st.sampled_from([None, *sorted(self.path)]))
@@ -217,7 +285,7 @@ class PoolMachine(RuleBasedStateMachine):
         if len(path) > 4:
             return
         digest, content = keys_of(path, self.digest_size)[-1]
-        serial = self.pool.publish(block, digest, content, parent)
+        serial = self.pool.publish(block, digest, content, parent, tenant=tenant)
         # An unreachable holder of the digest may have been retired: it is then neither cached nor found any more.
         for other in [b for b in self.path if self.pool.serial(b) < 0]:
             self._unpublish(other)
@@ -227,7 +295,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert isinstance(serial, int)
         if self.pool.serial(block) == serial:
-            self.path[block] = path
+            self.path[block], self.tenant[block] = path, tenant
             self.serials[serial] = path
         assert self.serials[serial] == path, "the chain would go on behind other tokens"
 
@@ -271,5 +339,5 @@ class PoolMachine(RuleBasedStateMachine):
             assert (self.pool.serial(block) >= 0) == (block in self.path)
 
 
-PoolMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestBlockPoolAgainstOracle = PoolMachine.TestCase

@@ -292,6 +292,39 @@ def test_the_tenant_that_has_had_most_loses_its_blocks_first() -> None:
     town.verify()
 
 
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def first_tokens(flooded: bool, suffix: int) -> tuple[list[int], list[int]]:
+    """Steps, and tokens computed, from each of a tenant's requests to its first token; its prompts begin alike."""
+    town = Town(num_blocks=96, block_size=4, budget=32, max_num_seqs=4, max_model_len=128)
+    prefix = prompt(0, 48)
+    steps, tokens = [], []
+    for number in range(40):
+        for _ in range(24):  # three times the pool passes by
+            while flooded and town.waiting("flood") < 5:
+                town.ask("flood", 100, 1)
+            town.run_once()
+        name = f"victim.{number}"
+        town.submit(name, prefix + prompt(1000 + number, suffix), 2, tenant="victim", salt="victim")
+        before = len(town.steps), town.memory.computed_tokens
+        while not town.output[name]:
+            while flooded and town.waiting("flood") < 5:
+                town.ask("flood", 100, 1)
+            town.run_once()
+        steps.append(len(town.steps) - before[0])
+        tokens.append(town.memory.computed_tokens - before[1])
+    town.verify()
+    return steps, tokens
+
+
+@pytest.mark.parametrize("suffix", [24, 32])
+def test_a_flood_of_long_prompts_does_not_raise_anothers_time_to_the_first_token(suffix: int) -> None:
+    """The prompts' new part fits into a step; time is measured in steps, and in tokens that are computed meanwhile."""
+    for alone, flooded in zip(first_tokens(False, suffix), first_tokens(True, suffix), strict=True):
+        assert sorted(flooded)[36] <= 1.5 * sorted(alone)[36], "90th percentile"
+
+
 # -- the line, against an oracle --------------------------------------------------------------------------------------
 
 

@@ -12,9 +12,12 @@ from streamkv.core.request import Request, StopRule
 SIZE = 4
 
 
-def ask(cache: KVCache, tokens: list[int], *, name: str = "r", salt: str = "", use_cache: bool = True) -> Request:
+def ask(
+    cache: KVCache, tokens: list[int], *, name: str = "r", salt: str = "", use_cache: bool = True, tenant: str = ""
+) -> Request:
     root = cache.root(salt) if use_cache else None
-    request = Request(name, tokens, StopRule(8), arrival=0, root=root, shared=len(tokens))  # in case it is forked from another
+    # `shared` in case it is forked from another.
+    request = Request(name, tokens, StopRule(8), arrival=0, root=root, tenant=tenant, shared=len(tokens))
     cache.extend_keys(request)
     return request
 
@@ -29,8 +32,8 @@ def write(cache: KVCache, request: Request, end: int | None = None) -> list[tupl
     return copies
 
 
-def written(cache: KVCache, tokens: list[int], *, name: str = "first", salt: str = "") -> Request:
-    request = ask(cache, tokens, name=name, salt=salt)
+def written(cache: KVCache, tokens: list[int], *, name: str = "first", salt: str = "", tenant: str = "") -> Request:
+    request = ask(cache, tokens, name=name, salt=salt, tenant=tenant)
     cache.admit(request, cache.lookup(request))
     write(cache, request)
     return request
@@ -64,6 +67,24 @@ def test_a_copy_whose_source_is_evicted_for_it_needs_no_copy() -> None:
     assert cache.admit(second, cache.lookup(second)) == []
     assert second.blocks[1] == source
     cache.check()
+
+
+def test_blocks_are_taken_in_the_name_of_the_tenant() -> None:
+    """Both have more than a third of what is cached; each takes from itself, though the other has more or older blocks."""
+    cache = KVCache(13, SIZE)
+    for tenant, start, blocks in (("a", 0, 5), ("b", 100, 6), ("c", 200, 1)):
+        cache.free(written(cache, list(range(start, start + blocks * SIZE)), tenant=tenant), None)
+    held = ask(cache, [300], name="held", tenant="c")
+    cache.admit(held, cache.lookup(held))
+    write(cache, held)  # the last free block
+    for tenant, start, own in (("b", 400, range(5, 11)), ("a", 500, range(5))):
+        grown = ask(cache, list(range(start, start + SIZE + 1)), name=f"{tenant} grown", tenant=tenant)
+        cache.admit(grown, cache.lookup(grown))
+        write(cache, grown)
+        assert set(grown.blocks) <= set(own)
+    copied = ask(cache, [*range(100, 102), 99, 99], name="copied", tenant="a")
+    cache.admit(copied, cache.lookup(copied))
+    assert set(copied.blocks) <= set(range(5)), "the block for the copy"
 
 
 def test_other_salt_model_layout_or_a_request_that_must_not_read_has_no_hit() -> None:
