@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
-import os
 import random
-import struct
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any, Final
 
 import aiohttp
-import msgspec
 import structlog
 import uvloop
 
@@ -34,6 +30,7 @@ from streamkv.protocol import messages as m
 from streamkv.protocol.limits import SessionLimits
 from streamkv.sampling_params import Sampling
 from streamkv.server.config import ServerConfig
+from tests.server.websocket_cases import CASES, talk
 
 BATCH: Final = 32
 CLOSE_CODES: Final = frozenset({1000, 1001, 1002, 1003, 1006, 1007, 1008, 1009, 4400, 4408, 4409})
@@ -109,7 +106,7 @@ async def _measure(frames: int, seed: int) -> None:
             fuzz = _Fuzz(http, server.port, codec, random.Random(f"{seed} {codec.subprotocol}"))
             await fuzz.run(frames // 2)
             rows.append(fuzz.row())
-        raw = {name: await _raw(server.port, data) for name, (data, _) in RAW.items()}
+        heard = {name: (await talk(server.port, case)).last for name, case in CASES.items()}
         await stream.cancel()
         text = await asyncio.wait_for(reading, 30)
         request = EngineRequest(("x",), [300], Sampling(max_tokens=1))
@@ -118,9 +115,9 @@ async def _measure(frames: int, seed: int) -> None:
     await engine.close()
     header = ["", "frames", "connections", "answers", "closed by", "leaks", "p99 ms to a sign of life", "max ms"]
     print_table("Mutated frames", header, rows)
-    differ = {name: got for name, got in raw.items() if got not in RAW[name][1]}
-    wrong = {name: got for name, got in differ.items() if got not in UPSTREAM.get(name, ())}
-    row = ["raw frames", len(RAW), len(RAW) - len(differ), len(differ) - len(wrong), len(wrong)]
+    differ = {name: last for name, last in heard.items() if last not in CASES[name].wanted}
+    wrong = {name: last for name, last in differ.items() if last != CASES[name].known}
+    row = ["raw frames", len(CASES), len(CASES) - len(differ), len(differ) - len(wrong), len(wrong)]
     print_table("Frames that break RFC 6455", ["", "cases", "as the RFC wants", "aiohttp's own way", "wrong"], [row])
     print(f"aborted by the server: {dict(log.aborts) or 'none'}; ", end="")
     print(f"the bystander has read {stream.num_tokens:,} tokens, all right; the server has logged {log.errors} failures")
@@ -257,120 +254,6 @@ class _Fuzz:
             case _:
                 changed[key] = self._changed(changed.get(key))
         return changed
-
-
-# -- below messages ---------------------------------------------------------------------------------------------------
-
-
-def _frame(
-    opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, mask: bool = True, length: int | None = None
-) -> bytes:
-    """One client frame, right or wrong; `length`: what its header says."""
-    size = len(payload) if length is None else length
-    first = (0x80 if fin else 0) | rsv << 4 | opcode
-    bit = 0x80 if mask else 0
-    if size < 126:
-        head = struct.pack("!BB", first, bit | size)
-    elif size < 1 << 16:
-        head = struct.pack("!BBH", first, bit | 126, size)
-    else:
-        head = struct.pack("!BBQ", first, bit | 127, size)
-    if not mask:
-        return head + payload
-    key = b"\x11\x22\x33\x44"
-    return head + key + bytes(byte ^ key[index % 4] for index, byte in enumerate(payload))
-
-
-def _close(code: int, reason: bytes = b"") -> bytes:
-    return _frame(8, struct.pack("!H", code) + reason)
-
-
-_PING: Final = b'{"t":"ping","ts":1}'
-_ALIVE: Final = ("pong",)
-_ERROR: Final = (1002,)
-_UTF8: Final = (1007,)
-
-RAW: Final[dict[str, tuple[bytes, tuple[Any, ...]]]] = {
-    "text in one frame": (_frame(1, _PING), _ALIVE),
-    "text in three frames": (_frame(1, _PING[:5], fin=False) + _frame(0, _PING[5:9], fin=False) + _frame(0, _PING[9:]), _ALIVE),
-    "text in frames of one byte": (
-        _frame(1, _PING[:1], fin=False) + b"".join(_frame(0, bytes([byte]), fin=False) for byte in _PING[1:]) + _frame(0),
-        _ALIVE,
-    ),
-    "ping between fragments": (_frame(1, _PING[:5], fin=False) + _frame(9, b"x") + _frame(0, _PING[5:]), _ALIVE),
-    "pong that nobody asked for": (_frame(10, b"x") + _frame(1, _PING), _ALIVE),
-    "ping of 125 bytes": (_frame(9, b"x" * 125) + _frame(1, _PING), _ALIVE),
-    "10 pings": (_frame(9, b"x") * 10 + _frame(1, _PING), _ALIVE),
-    "ping of 126 bytes": (_frame(9, b"x" * 126), _ERROR),
-    "fragmented ping": (_frame(9, b"x", fin=False), _ERROR),
-    "fragmented close": (_frame(8, b"\x03\xe8", fin=False), _ERROR),
-    **{f"RSV {rsv}": (_frame(1, _PING, rsv=rsv), _ERROR) for rsv in range(1, 8)},
-    **{f"opcode {opcode}": (_frame(opcode, b"x"), _ERROR) for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
-    "continuation of nothing": (_frame(0, b"x"), _ERROR),
-    "text inside a fragmented text": (_frame(1, b"a", fin=False) + _frame(1, b"b"), _ERROR),
-    "not masked": (_frame(1, _PING, mask=False), _ERROR),
-    "empty text": (_frame(1, b"") + _frame(1, _PING), _ALIVE),
-    "text that is no UTF-8": (_frame(1, b'{"t":"ping","ts":1,"x":"\xff"}') + _frame(1, _PING), _UTF8),
-    "surrogate in text": (_frame(1, b'{"t":"ping","ts":1,"x":"\xed\xa0\x80"}') + _frame(1, _PING), _UTF8),
-    "close": (_close(1000), (1000,)),
-    "close with a reason": (_close(1000, b"bye"), (1000,)),
-    "close without a code": (_frame(8), (1000, 1005, "empty")),
-    "close of one byte": (_frame(8, b"\x03"), _ERROR),
-    "close with a reason that is no UTF-8": (_close(1000, b"\xff\xfe"), (1002, 1007)),
-    "close of 126 bytes": (_close(1000, b"x" * 124), _ERROR),
-    **{f"close {code}": (_close(code), _ERROR) for code in (0, 999, 1004, 1005, 1006, 1016, 1100, 2000, 2999)},
-    **{
-        f"close {code}": (_close(code), (code, 1000))
-        for code in (1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4999)
-    },
-    "longer than allowed": (_frame(1, b"x" * 100, length=1 << 40), (1009,)),
-    "longest length with its top bit": (_frame(1, b"x" * 100, length=(1 << 63) + 5), (1002, 1009)),
-    "1 MiB and a byte": (_frame(1, b" " * ((1 << 20) + 1)), (1009,)),
-    "binary on JSON": (_frame(2, _PING), (1003,)),
-    "text after close": (_close(1000) + _frame(1, _PING), (1000,)),
-}
-"""Bytes after hello -> what may come of them: a close code, or "pong"."""
-
-UPSTREAM: Final[dict[str, tuple[Any, ...]]] = {"not masked": ("pong",), "close 1006": (1000,)}
-"""Where aiohttp 3.14 is more patient than the RFC, and what it does; harmless, and not in this server's hands."""
-
-
-async def _raw(port: int, data: bytes) -> int | str:
-    """What the server does with these bytes; "hang" if nothing within 5 s."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    lines = [
-        "GET /v1/stream HTTP/1.1",
-        f"Host: 127.0.0.1:{port}",
-        "Upgrade: websocket",
-        "Connection: Upgrade",
-        "Sec-WebSocket-Version: 13",
-        f"Sec-WebSocket-Key: {base64.b64encode(os.urandom(16)).decode()}",
-        "Sec-WebSocket-Protocol: streamkv.v1.json",
-    ]
-    writer.write("\r\n".join([*lines, "", ""]).encode())
-    try:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(_frame(1, b'{"t":"hello"}') + data)
-        async with asyncio.timeout(5):
-            return await _answer(reader)
-    except TimeoutError:
-        return "hang"
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return "dropped"
-    finally:
-        writer.transport.abort()
-
-
-async def _answer(reader: asyncio.StreamReader) -> int | str:
-    while True:
-        first, size = await reader.readexactly(2)
-        if size >= 126:
-            size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8), "big")
-        payload = await reader.readexactly(size)
-        if first & 15 == 8:
-            return int.from_bytes(payload[:2], "big") if payload else "empty"
-        if first & 15 == 1 and msgspec.json.decode(payload)["t"] == "pong":
-            return "pong"
 
 
 if __name__ == "__main__":

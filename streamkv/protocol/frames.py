@@ -13,7 +13,7 @@ from streamkv.protocol.bodies import validation_error
 from streamkv.protocol.requests import is_id
 from streamkv.sampling_params import MAX_N
 
-__all__ = ["Malformed", "read_hello", "read_message"]
+__all__ = ["Malformed", "broken_text", "read_hello", "read_message"]
 
 _BROKEN: Final = (msgspec.DecodeError, RecursionError, ValueError)  # of which UnicodeDecodeError is one, and integers without end
 
@@ -32,8 +32,8 @@ def read_message(codec: m.Codec, data: bytes, *, is_text: bool) -> m.ClientMessa
     """What a frame says."""
     if is_text != codec.text:
         return Close(1003, f"wrong_opcode: {codec.subprotocol} uses {'text' if codec.text else 'binary'} frames")
-    if is_text and not _is_utf8(data):
-        return Close(1007, "invalid_utf8: text frames are UTF-8")
+    if is_text and (broken := broken_text(data)) is not None:
+        return broken
     try:
         message: m.ClientMessage = codec.decode_client(data)
     except _BROKEN as error:
@@ -41,15 +41,15 @@ def read_message(codec: m.Codec, data: bytes, *, is_text: bool) -> m.ClientMessa
     return message
 
 
-def _is_utf8(data: bytes) -> bool:
-    """RFC 6455, 8.1. The whole frame is looked at: the decoder skips what it does not need, and the socket asks nobody."""
+def broken_text(data: bytes) -> Close | None:
+    """RFC 6455, 8.1: text is UTF-8. The whole of it is looked at: the decoder skips what it does not need."""
     if data.isascii():
-        return True
+        return None
     try:
         data.decode()
     except UnicodeDecodeError:
-        return False
-    return True
+        return Close(1007, "invalid_utf8: text frames are UTF-8")
+    return None
 
 
 def read_hello(codec: m.Codec, data: bytes, *, is_text: bool) -> m.Hello | Close:

@@ -15,17 +15,31 @@ from streamkv.observe.recorder import NullRecorder
 from streamkv.protocol import messages as m
 from streamkv.protocol.actions import Close
 from streamkv.protocol.frames import read_hello
+from streamkv.protocol.limits import SessionLimits
 from streamkv.protocol.messages import Codec
 from streamkv.server.config import ServerConfig
 from streamkv.server.live_session import LiveSession
 from streamkv.server.principal import Principal
 from streamkv.server.session_store import SessionStore
 
-__all__ = ["Connection"]
+__all__ = ["Connection", "new_socket"]
 
 _CLOSE_TIMEOUT_S: Final = 3.0
 
 log = structlog.get_logger(__name__)
+
+
+def new_socket(limits: SessionLimits) -> web.WebSocketResponse:
+    """A socket that speaks the wire protocol, with the bounds of a session."""
+    return web.WebSocketResponse(
+        protocols=m.SUBPROTOCOLS,
+        compress=False,
+        heartbeat=limits.heartbeat_s,
+        max_msg_size=limits.frame + 1,  # aiohttp refuses what reaches it
+        writer_limit=64 * 1024,
+        decode_text=False,
+        timeout=_CLOSE_TIMEOUT_S,
+    )
 
 
 class _Bell:

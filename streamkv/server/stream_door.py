@@ -13,7 +13,7 @@ from streamkv.observe.recorder import Recorder
 from streamkv.protocol.messages import CODECS, SUBPROTOCOLS
 from streamkv.server.admission import Admission
 from streamkv.server.config import ServerConfig
-from streamkv.server.connection import Connection
+from streamkv.server.connection import Connection, new_socket
 from streamkv.server.guard import Guard
 from streamkv.server.routes import Access, Route, error_response
 from streamkv.server.session_store import SessionStore
@@ -56,15 +56,7 @@ class StreamDoor:
         refusal = self._refusal(request)
         if refusal is not None:
             return refusal
-        socket = web.WebSocketResponse(
-            protocols=SUBPROTOCOLS,
-            compress=False,
-            heartbeat=self._config.limits.heartbeat_s,
-            max_msg_size=self._config.limits.frame + 1,  # aiohttp refuses what reaches it
-            writer_limit=64 * 1024,
-            decode_text=False,
-            timeout=3.0,
-        )
+        socket = new_socket(self._config.limits)
         chosen = socket.can_prepare(request).protocol
         if chosen is None:
             # aiohttp by itself would go on without any protocol.
