@@ -29,6 +29,8 @@ _AWAY_TOKENS: Final = 64
 class Outbox:
     """Everything that one connection has to say, in the order in which it will be said."""
 
+    __slots__ = ("_control", "_limits", "_ready", "bytes", "streams")
+
     def __init__(self, limits: SessionLimits) -> None:
         self.streams: OrderedDict[str, OutStream] = OrderedDict()  # attached, without their last frame; longest silent first
         self.bytes = 0  # of text that waits in them

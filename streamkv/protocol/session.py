@@ -57,6 +57,22 @@ SESSION_MOVES: Final[dict[SessionState, frozenset[SessionState]]] = {
 class Session:
     """The streams of one client. Not thread-safe; one shell drives it."""
 
+    __slots__ = (
+        "_bad_frames",
+        "_client",
+        "_codec",
+        "_engine",
+        "_epoch",
+        "_limits",
+        "_models",
+        "_now",
+        "_outbox",
+        "_server",
+        "_table",
+        "id",
+        "state",
+    )
+
     def __init__(
         self,
         codec: m.Codec,
