@@ -21,6 +21,8 @@ class SchedulerConfig:
         max_queued_requests: most requests waiting.
         max_queued_tokens: most prompt tokens waiting.
         policy: `fcfs` ignores priorities.
+        draft_rows: drafts are checked while a step of running requests and drafts has no more tokens than this: up to there a
+            pass is bound by memory, and a few tokens more cost next to nothing. 0 = no speculation.
     """
 
     max_num_seqs: int = 64
@@ -29,6 +31,7 @@ class SchedulerConfig:
     max_queued_requests: int = 4096
     max_queued_tokens: int = 4_000_000
     policy: Literal["fcfs", "priority"] = "fcfs"
+    draft_rows: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queued_requests", "max_queued_tokens"):
@@ -37,6 +40,8 @@ class SchedulerConfig:
         if self.max_num_batched_tokens < self.max_num_seqs:
             # Every running request must be able to decode in every step.
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs")
+        if not 0 <= self.draft_rows <= self.max_num_batched_tokens:
+            raise ValueError("draft_rows must be between 0 and max_num_batched_tokens")
         if self.policy not in ("fcfs", "priority"):
             raise ValueError("policy must be fcfs or priority")
 

@@ -17,6 +17,7 @@ _FIRST: Final = 4
 _PATIENCE: Final = 3
 _PAUSE: Final = 8
 _LONGEST_PAUSE: Final = 256
+_AT_ONCE: Final = 2048
 
 
 class PromptLookup:
@@ -27,7 +28,7 @@ class PromptLookup:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[int, ...], int] = {}  # gram -> position behind its latest occurrence
+        self._seen: dict[int, int] = {}  # gram, as one number -> position behind its latest occurrence
         self._indexed = 0  # grams that end before this position are in it
         self._length = _FIRST
         self._misses = 0
@@ -50,7 +51,7 @@ class PromptLookup:
             return []
         self._index(tokens)
         for size in _GRAMS:
-            found = self._seen.get(tuple(tokens[-size:])) if len(tokens) > size else None
+            found = self._seen.get(_number(tokens[-size:])) if len(tokens) > size else None
             if found is not None:
                 # A piece that repeats itself goes on as it did: what is proposed may be proposed again.
                 follows: list[int] = []
@@ -80,9 +81,18 @@ class PromptLookup:
             self._length = _FIRST
 
     def _index(self, tokens: list[int]) -> None:
-        """Every gram but the last one, which is looked for."""
-        for end in range(max(self._indexed, 1), len(tokens)):
+        """Every gram but the last one, which is looked for; of a long prompt a part at a time, nobody shall wait for it."""
+        begin, end = self._indexed, min(len(tokens), self._indexed + _AT_ONCE)
+        for position in range(max(begin, 1), end):
             for size in _GRAMS:
-                if end >= size:
-                    self._seen[tuple(tokens[end - size : end])] = end
-        self._indexed = max(self._indexed, len(tokens))
+                if position >= size:
+                    self._seen[_number(tokens[position - size : position])] = position
+        self._indexed = max(begin, end)
+
+
+def _number(gram: list[int]) -> int:
+    """One number for some tokens: a fifth of the memory that a tuple takes. Their count is in it."""
+    number = len(gram)
+    for token in gram:
+        number = number << 24 | token
+    return number

@@ -17,6 +17,7 @@ class Planner:
 
     def __init__(self, config: SchedulerConfig, roster: Roster) -> None:
         self._budget = config.max_num_batched_tokens
+        self._draft_rows = config.draft_rows
         self._roster = roster
         self._cache = roster.cache
 
@@ -74,13 +75,36 @@ class Planner:
                 self._grow(step, request, planned + 1)
             rows.append(request.row)
             starts.append(planned)
-            counts.append(1)
-            samples.append(True)
             tokens.append(known[planned] if planned < len(known) else PENDING)
             members.append(request)
             request.planned = planned + 1
+            if request.lookup is not None and only is None:
+                self._draft(step, request, length)
+            counts.append(request.planned - planned)
+            samples.append(request.planned - planned)
             request.pending += 1
             request.last_step = step_id
+
+    def _draft(self, step: Step, request: Request, length: int) -> None:
+        """Have the entry that is being planned check what may come after its token: as far as nobody else goes without."""
+        pool, running = self._cache.pool, len(self._roster.running)
+        end = len(request.blocks) + max(0, pool.num_available - 2 * running)  # blocks; as many are left as `_make_room` needs
+        most = min(
+            self._draft_rows - running - (step.num_tokens - len(step.rows)),
+            end * self._cache.block_size - request.planned,
+            request.limit - length - 1,
+        )
+        if request.credit is not None:
+            most = min(most, request.credit - (length - request.num_prompt) - 1)
+        assert request.lookup is not None
+        drafts = request.lookup.propose(request.tokens, request.pending, most)
+        if not drafts:
+            return
+        if request.planned + len(drafts) > len(request.blocks) * self._cache.block_size:
+            self._grow(step, request, request.planned + len(drafts))
+        step.tokens.extend(drafts)
+        request.planned += len(drafts)
+        self._roster.drafting = step.id
 
     def _plan_chunk(self, step: Step, members: list[Request], request: Request) -> None:
         """As much of a prompt (or of what was preempted) as budget and blocks allow."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from streamkv.core.lookup import PromptLookup
+
 __all__ = ["TRANSITIONS", "Account", "IllegalTransitionError", "Request", "State", "StopRule"]
 
 
@@ -112,6 +114,7 @@ class Request:
         salt: of its prefix cache.
         tenant: who sent it; takes turns with others, and has its share of the cache.
         account: of its tenant. Written once, when it is queued.
+        lookup: where drafts of its next tokens come from; None = it gets none.
         charged: prompt tokens that the account has paid for, or the cache had. Owner: planner.
     """
 
@@ -130,6 +133,7 @@ class Request:
         "last_step",
         "leader",
         "limit",
+        "lookup",
         "num_preemptions",
         "num_prompt",
         "parent",
@@ -162,6 +166,7 @@ class Request:
         tenant: str = "",
         leader: Request | None = None,
         shared: int = 0,
+        lookup: PromptLookup | None = None,
     ) -> None:
         self.id = request_id
         self.tokens = list(prompt)
@@ -191,6 +196,7 @@ class Request:
         self.num_preemptions = 0
         self.chunks = 0
         self.charged = 0
+        self.lookup = lookup
 
     def move(self, state: State) -> None:
         """Go to `state`.

@@ -26,6 +26,7 @@ class Roster:
         flight: steps that are planned and not committed, the oldest first, each with the requests of its rows.
         writing: digest -> the running request that will write that block.
         events: what happened since the last commit.
+        drafting: id of the last step that checks drafts; -1 before.
     """
 
     def __init__(self, num_rows: int, cache: KVCache) -> None:
@@ -36,6 +37,7 @@ class Roster:
         self.flight: deque[tuple[Step, list[Request]]] = deque()
         self.writing: dict[bytes, Request] = {}
         self.events: list[Event] = []
+        self.drafting = -1
         self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
         self._num_rows = num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))

@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 
 from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
+from streamkv.core.lookup import PromptLookup
 from streamkv.core.planner import Planner
 from streamkv.core.request import Request, State, StopRule
 from streamkv.core.roster import Roster
@@ -47,6 +48,9 @@ class SchedulerStats(NamedTuple):
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -61,6 +65,7 @@ class Scheduler:
         self._next_arrival = 0
         self._next_step = 0
         self._output_tokens = 0
+        self._drafts = self._draft_tokens = self._accepted_tokens = 0
 
     # -- intake ---------------------------------------------------------------------------------------------------
 
@@ -76,11 +81,14 @@ class Scheduler:
         use_cache: bool = True,
         credit: int | None = None,
         fork_of: str | None = None,
+        speculate: bool = False,
     ) -> None:
         """Queue one prompt and its parallel samples; all or none.
 
         Args:
             tenant: who takes turns with others, and has a share of the cache.
+            speculate: let steps check drafts of its next tokens. What is sampled must not depend on what was sampled before
+                beside the input tokens and the position: no penalties.
             fork_of: a live request; blocks of the tokens that the prompt begins with as it does are shared, copy-on-write, and
                 not computed again. Once it has finished the prefix cache has what it has published.
 
@@ -106,6 +114,7 @@ class Scheduler:
                 tenant=tenant,
                 leader=leader if shared else None,
                 shared=shared,
+                lookup=PromptLookup() if speculate and self.config.draft_rows else None,
             )
             self._next_arrival += 1
             if sibling is None:
@@ -162,6 +171,8 @@ class Scheduler:
         """
         flight = self._roster.flight
         assert len(flight) < MAX_IN_FLIGHT, "commit the oldest step first"
+        if flight and self._roster.drafting >= flight[0][0].id:
+            return None  # how far its requests have come is known when it has ended
         step = Step(self._next_step, now)
         self.cache.pool.now = now
         members = self._planner.plan(step, only)
@@ -194,6 +205,9 @@ class Scheduler:
                 continue
             if request.state is finished:
                 continue
+            if step.samples[index] > 1:
+                events.append(self._settle(request, step.samples[index] - 1, new))
+                continue
             if request.state is running:
                 request.computed += count
                 if request.computed // size > request.published and request.root is not None:
@@ -208,8 +222,21 @@ class Scheduler:
         self.cache.lift(step.id)
         return events
 
-    def _append(self, request: Request, new: tuple[int, ...], extra: object) -> Event:
-        """Add sampled tokens, end the request if one of them ends it. Also for one preempted after the step was planned."""
+    def _settle(self, request: Request, drafted: int, new: tuple[int, ...]) -> Event:
+        """Take over what came of drafts: the request has come as far as they were right, and one token further."""
+        assert request.lookup is not None
+        request.lookup.learn(len(request.tokens) + len(new), drafted, len(new) - 1)
+        self._drafts += 1
+        self._draft_tokens += drafted
+        self._accepted_tokens += len(new) - 1
+        return self._append(request, new, None, drafts=True)
+
+    def _append(self, request: Request, new: tuple[int, ...], extra: object, *, drafts: bool = False) -> Event:
+        """Add sampled tokens, end the request if one of them ends it. Also for one preempted after the step was planned.
+
+        Args:
+            drafts: the step had drafts as input; those before the last of `new` were right, and their KV is written.
+        """
         tokens, stop, reason = request.tokens, request.stop, None
         first = len(tokens) == request.num_prompt
         request.pending -= 1
@@ -232,6 +259,10 @@ class Scheduler:
         request.account.served += count
         if request.row < 0:  # preempted
             self._roster.waiting.num_tokens += count
+        if drafts and request.row >= 0:
+            request.computed += count
+            request.planned = request.computed
+            self._roster.publish(request)
         if reason is not None:
             self._roster.finish(request)
         state: Literal["decode", "stalled"] | None = "decode" if first else None
@@ -297,6 +328,9 @@ class Scheduler:
             roster.num_prompt_tokens,
             roster.num_cached_tokens,
             self._output_tokens,
+            self._drafts,
+            self._draft_tokens,
+            self._accepted_tokens,
         )
 
     def check(self) -> None:

@@ -81,11 +81,11 @@ class SlotMemory:
                 self.last[row] = 0
                 sampled.append((0,) if samples else ())
                 continue
-            state = self._compute(row, start, tokens)
-            token = next_token(state, branch_of(name)) if samples else PENDING
-            if samples:
-                self.last[row] = token
-            sampled.append((token,) if samples else ())
+            states = self._compute(row, start, tokens)
+            new = self._check_drafts(states[count - samples :], tokens[count - samples + 1 :], branch_of(name))
+            if new:
+                self.last[row] = new[-1]
+            sampled.append(new)
         assert position == len(step.tokens), "tokens do not match counts"
         return Sampled(sampled, frozenset(failed))
 
@@ -109,20 +109,33 @@ class SlotMemory:
         for position in range(start, start + count):
             self.slots[self.tables[row][position // self.block_size]][position % self.block_size] = NAN
 
-    def _compute(self, row: int, start: int, tokens: list[int]) -> int:
+    @staticmethod
+    def _check_drafts(states: list[int], drafts: list[int], branch: int) -> tuple[int, ...]:
+        """What is said after each state, as long as the drafts were that."""
+        new: list[int] = []
+        for position, state in enumerate(states):
+            if position and drafts[position - 1] != new[-1]:
+                break
+            new.append(next_token(state, branch))
+        return tuple(new)
+
+    def _compute(self, row: int, start: int, tokens: list[int]) -> list[int]:
+        """The state after each token."""
         table, size = self.tables[row], self.block_size
         state = 0
         if start:
             value = self.slots[table[(start - 1) // size]][(start - 1) % size]
             assert value is not None, f"{self.names[row]}: slot {start - 1} was never written"
             state = value
+        states: list[int] = []
         for offset, token in enumerate(tokens, start):
             assert 0 <= token < VOCAB * 1000, f"{self.names[row]}: token {token}"
             state = chain(state, token)
+            states.append(state)
             self.slots[table[offset // size]][offset % size] = state
         self.computed_tokens += len(tokens)
         self._verify(row, start + len(tokens))
-        return state
+        return states
 
     def _verify(self, row: int, end: int) -> None:
         """Every slot up to `end` must hold the state that follows from the one before: attention reads them all."""
@@ -135,6 +148,38 @@ class SlotMemory:
                 f"{self.names[row]}: slot {position} holds another prefix"
             )
             previous = value
+
+
+class Oracle:
+    """Drafts that are right for a while: it knows the model, and errs on purpose."""
+
+    def __init__(self, request_id: str) -> None:
+        self.branch = branch_of(request_id)
+        self.asked = 0
+        self.expected: list[int] = []  # how many of the last proposal are right
+        self.learned: list[tuple[int, int]] = []
+
+    def propose(self, tokens: list[int], pending: int, most: int) -> list[int]:
+        """Up to five, the first `asked % 6` of them right."""
+        assert pending in (0, 1)
+        state = 0
+        for token in tokens:
+            state = chain(state, token)
+        for _ in range(pending):
+            state = chain(state, next_token(state, self.branch))
+        drafts: list[int] = []
+        right = self.asked % 6
+        self.asked += 1
+        for position in range(max(0, min(most, 5))):
+            token = next_token(state, self.branch)
+            drafts.append(token if position < right else (token + 1) % VOCAB)
+            state = chain(state, drafts[-1])
+        self.expected = [min(right, len(drafts))]
+        return drafts
+
+    def learn(self, tokens: int, proposed: int, accepted: int) -> None:
+        self.learned.append((proposed, accepted))
+        assert [accepted] == self.expected, "a right draft was refused, or a wrong one taken"
 
 
 class World:
@@ -152,6 +197,7 @@ class World:
         digest_size: int = 32,
         caching: bool = True,
         max_queued_requests: int = 1000,
+        draft_rows: int = 0,
     ) -> None:
         cache = KVCache(num_blocks, block_size, enable_prefix_caching=caching, digest_size=digest_size)
         config = SchedulerConfig(
@@ -160,6 +206,7 @@ class World:
             max_model_len=max_model_len,
             max_queued_requests=max_queued_requests,
             policy=policy,  # type: ignore[arg-type]  # parametrised
+            draft_rows=min(draft_rows, max(budget, max_num_seqs)),
         )
         self.scheduler = Scheduler(config, cache)
         self.memory = SlotMemory(num_blocks, block_size, max_num_seqs)
@@ -177,6 +224,9 @@ class World:
         ids = (name,) if n == 1 else tuple(f"{name}/{branch}" for branch in range(n))
         self.scheduler.submit(ids, prompt, stop, **options)  # type: ignore[arg-type]  # passed through
         for request_id in ids:
+            request = self.scheduler._roster.live[request_id]
+            if request.lookup is not None:
+                request.lookup = Oracle(request_id)  # type: ignore[assignment]  # says what the real one says
             self.asked[request_id] = (list(prompt), stop)
             self.output[request_id] = []
         return ids

@@ -26,6 +26,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         digest_size=st.sampled_from([1, 32]),
         caching=st.sampled_from([True, True, True, False]),
+        draft_rows=st.sampled_from([0, 3, 32]),
     )
     def start(self, **options: object) -> None:
         self.world = World(**options)  # type: ignore[arg-type]  # drawn by name
@@ -46,6 +47,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "other"]),
         tenant=st.sampled_from(["", "", "b", "c"]),
         use_cache=st.sampled_from([True, True, False]),
+        speculate=st.booleans(),
     )
     def submit(self, prefix: list[int], own: list[int], max_tokens: int, n: int, stop: frozenset[int], **options: object) -> None:
         try:
