@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from streamkv.protocol.limits import SessionLimits
+from streamkv.protocol.outbox import Outbox
 from streamkv.server.connection import Connection
 from tests.server.serving import Raw, Serving, eventually, serving
 
@@ -208,7 +209,7 @@ async def test_who_never_reads_is_aborted_when_a_send_takes_too_long():
         assert (await other.ended("o")).text == "abcabc"
 
 
-async def test_who_is_behind_by_too_much_text_is_aborted_at_once():
+async def test_who_is_behind_by_too_much_text_is_aborted_at_once(monkeypatch: pytest.MonkeyPatch):
     limits = SessionLimits(outbound=2048, control=8)
     async with serving(limits=limits, send_timeout_s=600.0, context=100_000) as served, served.raw() as other:
         served.engine.hold = 1
@@ -219,15 +220,14 @@ async def test_who_is_behind_by_too_much_text_is_aborted_at_once():
             await raw.wait_for_type("delta", "s")
             stop_reading(raw)
             await fill(raw, connection)
-            worst = 0
-            look = connection.live.session._outbox.text
+            worst, look = 0, Outbox.text
 
             def watched(*arguments: Any) -> None:
                 nonlocal worst
                 look(*arguments)
                 worst = max(worst, connection.live.session._outbox.bytes)
 
-            connection.live.session._outbox.text = watched  # type: ignore[method-assign]  # to watch, not to change
+            monkeypatch.setattr(Outbox, "text", watched)
             await served.engine.release()
             await eventually(lambda: len(served.server.stream_door.connections) == 1)
             assert 2048 < worst < 2048 + 64

@@ -9,6 +9,7 @@ import pytest
 
 from streamkv.protocol.limits import SessionLimits
 from streamkv.protocol.outbox import Outbox
+from streamkv.protocol.session import Session
 from tests.server.serving import eventually, serving
 
 CODECS = ["json", "msgpack"]
@@ -269,22 +270,21 @@ async def test_a_silent_stream_tells_its_state_and_the_connection_sleeps_meanwhi
         assert (await raw.wait_for_type("done", "a"))["o"] == 1
 
 
-async def test_a_stream_that_waits_for_its_first_token_costs_no_cpu():
+async def test_a_stream_that_waits_for_its_first_token_costs_no_cpu(monkeypatch: pytest.MonkeyPatch):
     """After its status a silent stream must leave the writer asleep: a writer that looks again and again burns a core."""
     async with serving() as served, served.raw() as raw:
         served.engine.hold = 0
         await raw.create("s", "abc", max_tokens=10)
         await raw.wait_for_type("accepted", "s")
         (connection,) = served.server.stream_door.connections
-        looks = 0
-        look = connection.live.session.next_message
+        looks, look = 0, Session.next_message
 
         def counted(*args: Any, **options: Any) -> Any:
             nonlocal looks
             looks += 1
             return look(*args, **options)
 
-        connection.live.session.next_message = counted  # type: ignore[method-assign]  # to count, not to change
+        monkeypatch.setattr(Session, "next_message", counted)
         stream = connection.live.session._table.alive["s"]
         connection.live.session._outbox.status(stream, _status("s"))
         connection._wake.set()
