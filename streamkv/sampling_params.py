@@ -242,6 +242,19 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs: int | None = None
     processors: tuple[tuple[str, Any], ...] = ()
 
+    @property
+    def is_memoryless(self) -> bool:
+        """Whether what is sampled follows from logits and position alone, and nothing is told beside it.
+
+        Then several positions can be sampled before it is known which of them count.
+        """
+        return (
+            (self.repetition_penalty, self.presence_penalty, self.frequency_penalty, self.min_tokens) == (1.0, 0.0, 0.0, 0)
+            and not (self.logit_bias or self.allowed_token_ids or self.bad_words or self.processors)
+            and self.logprobs is None
+            and self.prompt_logprobs is None
+        )
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log-probabilities at one position, of the model's own distribution: before penalties, temperature and cuts.

@@ -23,7 +23,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of a model of the hub (default: its default branch)")
     group.add_argument("--served-model-name", help="what clients call the model")
-    group.add_argument("--backend", default=defaults.backend, help="auto, torch, cuda, an entry point, or package.module:Class")
+    group.add_argument(
+        "--backend", default=defaults.backend, help="auto, cpu, torch, cuda, an entry point, or package.module:Class"
+    )
     group.add_argument("--device", default=defaults.device, help="torch device (default: what the backend wants)")
     group.add_argument("--dtype", default=defaults.dtype, choices=["auto", "float32", "bfloat16", "float16"])
     group.add_argument(
@@ -47,6 +49,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-queued-tokens", type=int, default=defaults.max_queued_tokens, help="(%(default)s)")
     group.add_argument("--no-enable-prefix-caching", dest="enable_prefix_caching", action="store_false", help="share no blocks")
     group.add_argument("--scheduling-policy", default=defaults.scheduling_policy, choices=["fcfs", "priority"])
+    group.add_argument(
+        "--speculation",
+        default=defaults.speculation,
+        choices=["off", "ngram"],
+        help="ngram = check drafts looked up in a request's own tokens, several in a step; same tokens (%(default)s)",
+    )
     group.add_argument("--seed", type=int, default=defaults.seed, help="of the random weights of --load-format dummy")
     group.add_argument(
         "--logits-processor",

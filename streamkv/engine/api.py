@@ -148,6 +148,7 @@ class EngineStats(msgspec.Struct, frozen=True):
         evictions: cached blocks that were lost to others.
         step_tokens: steps by number of tokens computed: up to `STEP_TOKEN_BOUNDS[i]`, and one entry more for larger ones.
         computed_tokens: by all steps, of prompts and outputs; more than were asked for where preempted ones are computed again.
+        drafts, draft_tokens, accepted_tokens: speculation: proposals that were checked, their tokens, and how many were right.
     """
 
     waiting: int
@@ -164,6 +165,9 @@ class EngineStats(msgspec.Struct, frozen=True):
     evictions: int = 0
     step_tokens: tuple[int, ...] = ()
     computed_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class KVOwner(msgspec.Struct, frozen=True):

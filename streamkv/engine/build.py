@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 import torch
@@ -28,6 +29,9 @@ from streamkv.runner.model_runner import ModelRunner
 from streamkv.runner.prompt_reader import HiddenTap
 
 __all__ = ["build_engine"]
+
+_DRAFT_ROWS: Final = 32
+"""Tokens up to which a pass takes little longer than for one: the weights are read once either way (docs/benchmarks.md)."""
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +75,7 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
             max_queued_requests=config.max_queued_requests,
             max_queued_tokens=config.max_queued_tokens,
             policy=config.scheduling_policy,
+            draft_rows=min(_DRAFT_ROWS, config.max_num_batched_tokens) if config.speculation == "ngram" else 0,
         ),
         cache,
     )

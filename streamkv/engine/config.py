@@ -35,6 +35,8 @@ class EngineConfig:
         max_queued_requests, max_queued_tokens: bounds of the waiting queue.
         enable_prefix_caching: share blocks between requests with equal prefixes.
         scheduling_policy: `fcfs`, or `priority` (lower first).
+        speculation: `off`, or `ngram`: drafts looked up in a request's own tokens are checked, several in one step. The tokens
+            are the same; requests with penalties, masks, processors or log-probabilities get none.
         seed: of `dummy` weights.
         logits_processors: names of logits processors that requests may ask for, or `package.module:Class`.
         look_ahead: plan the next step while one runs.
@@ -59,6 +61,7 @@ class EngineConfig:
     max_queued_tokens: int = 4_000_000
     enable_prefix_caching: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    speculation: Literal["off", "ngram"] = "off"
     seed: int = 0
     logits_processors: tuple[str, ...] = ()
     look_ahead: bool = True
@@ -74,6 +77,8 @@ class EngineConfig:
             raise ConfigError("give num_blocks or kv_cache_memory, not both", param="num_blocks")
         if self.revision is not None and self.model is None:
             raise ConfigError("revision needs a model of the hub", param="revision")
+        if self.speculation not in ("off", "ngram"):
+            raise ConfigError("speculation must be off or ngram", param="speculation")
         if not 0.0 < self.memory_fraction <= 0.95:
             raise ConfigError("memory_fraction must be more than 0 and at most 0.95", param="memory_fraction")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -153,6 +153,7 @@ class InProcessEngine:
             use_cache=request.use_cache and request.pooling is None and sampling.prompt_logprobs is None,
             credit=request.credit,
             fork_of=request.fork_of,
+            speculate=sampling.is_memoryless and request.pooling is None,
         )
         for branch, request_id in enumerate(request.ids, request.first_branch):
             self._asked[request_id] = _Asked(sampling, branch, request.pooling, request.inherited)
@@ -194,6 +195,9 @@ class InProcessEngine:
             evictions=pool.num_evictions,
             step_tokens=tuple(self._step_tokens),
             computed_tokens=self._computed_tokens,
+            drafts=stats.drafts,
+            draft_tokens=stats.draft_tokens,
+            accepted_tokens=stats.accepted_tokens,
         )
 
     async def kv_map(self) -> KVMap:

@@ -75,6 +75,9 @@ class Metrics:
         self.prompt_cached = Counter("prompt_tokens_cached_total", "Prompt tokens that were not computed.")
         self.generated = Counter("generation_tokens_total", "Output tokens.")
         self.preemptions = Counter("num_preemptions_total", "Times a request lost its blocks to others.")
+        self.drafts = Counter("spec_decode_num_drafts_total", "Proposals of speculation that were checked.")
+        self.draft_tokens = Counter("spec_decode_num_draft_tokens_total", "Tokens of those proposals.")
+        self.accepted_tokens = Counter("spec_decode_num_accepted_tokens_total", "Tokens of proposals that were right.")
         reasons = [(reason,) for reason in FINISHED_REASONS.values()]
         self.success = Counter("request_success_total", "Finished requests by reason.", ("finished_reason",), reasons)
         self.ttft = Histogram("time_to_first_token_seconds", "From submission to the first token.", _FIRST_TOKEN)

@@ -237,6 +237,9 @@ class Recorder(NullRecorder):
         metrics.prompt_cached.reached(stats.cached_tokens)
         metrics.generated.reached(stats.output_tokens)
         metrics.preemptions.reached(stats.preemptions)
+        metrics.drafts.reached(stats.drafts)
+        metrics.draft_tokens.reached(stats.draft_tokens)
+        metrics.accepted_tokens.reached(stats.accepted_tokens)
         metrics.evictions.reached(stats.evictions)
         if stats.step_tokens:
             metrics.step_tokens.counts = list(stats.step_tokens)
