@@ -14,14 +14,14 @@ Policy, in the order `plan` applies it (`streamkv.core.planner`):
    always finishes.
 3. Waiting requests are admitted while a row, budget and blocks for all their tokens are there: the highest priority first, then
    the tenant that has had least, then whoever came first. One that shares an uncached prefix with a running request is held
-   back until that has written it.
+   back until that has written it. Nothing of a request is computed once its deadline has passed.
 
 Who waits and in which order is `streamkv.core.waiting`'s to know, where everybody stands `streamkv.core.roster`'s.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
@@ -36,6 +36,8 @@ __all__ = ["Scheduler", "SchedulerStats"]
 
 MAX_IN_FLIGHT = 2
 """The step that runs and the one planned ahead of it."""
+
+_TOO_LATE: Final = ("deadline_exceeded", "the request waited longer than its time limit; nothing of it was computed")
 
 
 class SchedulerStats(NamedTuple):
@@ -82,6 +84,7 @@ class Scheduler:
         credit: int | None = None,
         fork_of: str | None = None,
         speculate: bool = False,
+        deadline: float | None = None,
     ) -> None:
         """Queue one prompt and its parallel samples; all or none.
 
@@ -91,6 +94,7 @@ class Scheduler:
                 beside the input tokens and the position: no penalties.
             fork_of: a live request; blocks of the tokens that the prompt begins with as it does are shared, copy-on-write, and
                 not computed again. Once it has finished the prefix cache has what it has published.
+            deadline: seconds on the clock of `plan`; a plan from then on ends them instead of beginning.
 
         Raises:
             InvalidRequestError: an id is in use, the prompt is empty, or it can never fit context or pool.
@@ -100,7 +104,7 @@ class Scheduler:
         root = self.cache.root(salt) if use_cache else None
         leader = self._roster.live.get(fork_of) if fork_of is not None else None
         shared = _common(leader.tokens, prompt) if leader is not None and leader.root == root else 0
-        sibling: Request | None = None
+        samples: list[Request] = []
         for request_id in ids:
             request = Request(
                 request_id,
@@ -117,12 +121,15 @@ class Scheduler:
                 lookup=PromptLookup() if speculate and self.config.draft_rows else None,
             )
             self._next_arrival += 1
-            if sibling is None:
-                self.cache.extend_keys(request)
-                leader, shared, sibling = request, len(prompt), request  # the samples that follow share all of its prompt
+            if samples:
+                request.keys = list(samples[0].keys)
             else:
-                request.keys = list(sibling.keys)
+                self.cache.extend_keys(request)
+                leader, shared = request, len(prompt)  # the samples that follow share all of its prompt
+            samples.append(request)
             self._roster.add(request)
+        if deadline is not None:
+            self._roster.waiting.set_deadline(samples, deadline)
 
     def _refuse(self, ids: tuple[str, ...], prompt: list[int], stop: StopRule) -> None:
         """Raise for what can never be served, or not now: before anything is queued."""
@@ -171,6 +178,9 @@ class Scheduler:
         """
         flight = self._roster.flight
         assert len(flight) < MAX_IN_FLIGHT, "commit the oldest step first"
+        for request in self._roster.waiting.overdue(now):
+            self._roster.finish(request)
+            self._roster.events.append(Event(request.id, finish_reason="error", error=_TOO_LATE))
         if flight and self._roster.drafting >= flight[0][0].id:
             return None  # how far its requests have come is known when it has ended
         step = Step(self._next_step, now)
@@ -302,6 +312,11 @@ class Scheduler:
     def has_requests(self) -> bool:
         """True if some request has not had its last event."""
         return bool(self._roster.live)
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When a plan will have to end somebody who waits; None = nobody has a deadline."""
+        return self._roster.waiting.next_deadline
 
     def take_events(self) -> list[Event]:
         """Events since the last commit, when no commit will follow soon."""

@@ -10,6 +10,7 @@ Every waiting request is in exactly one of the three.
 from __future__ import annotations
 
 from bisect import insort
+from heapq import heapify, heappop, heappush
 
 from streamkv.core.fairness import Line
 from streamkv.core.request import Request, State
@@ -31,6 +32,7 @@ class Waiting:
         self._priorities: list[int] = []  # of the lines, in order
         self._asleep: dict[str, Request] = {}
         self.held: dict[bytes | str, list[Request]] = {}
+        self._deadlines: list[tuple[float, int, list[Request]]] = []  # heap of (when, arrival, samples of one prompt)
         self.num_requests = 0
         self.num_tokens = 0
 
@@ -104,6 +106,32 @@ class Waiting:
             if request.state is not State.FINISHED:
                 self._queue(request)
 
+    # -- too late -------------------------------------------------------------------------------------------------
+
+    def set_deadline(self, samples: list[Request], deadline: float) -> None:
+        """None of these is worth beginning once the clock says `deadline`."""
+        heappush(self._deadlines, (deadline, samples[0].arrival, samples))
+        if len(self._deadlines) > 64 and len(self._deadlines) > 4 * self.num_requests:
+            # Do not let those that have begun or ended in time pile up.
+            self._deadlines = [entry for entry in self._deadlines if _waits(entry[2])]
+            heapify(self._deadlines)
+
+    def overdue(self, now: float) -> list[Request]:
+        """Those whose deadline has passed and of whose prompt nothing has been computed; each is named once."""
+        late: list[Request] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            samples = heappop(self._deadlines)[2]
+            if _waits(samples):
+                late += [request for request in samples if request.state is State.WAITING]
+        return late
+
+    @property
+    def next_deadline(self) -> float | None:
+        """When somebody will be overdue next; None = nobody will."""
+        while self._deadlines and not _waits(self._deadlines[0][2]):
+            heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
     # -- looking --------------------------------------------------------------------------------------------------
 
     @property
@@ -121,3 +149,8 @@ class Waiting:
         assert len(everybody) == len(set(everybody)) == self.num_requests, "a request waits twice"
         assert everybody or not self.num_tokens, "waiting tokens are miscounted"
         return set(everybody)
+
+
+def _waits(samples: list[Request]) -> bool:
+    """True if some are alive and none has begun: the prompt is computed for all of them at once."""
+    return all(request.cached < 0 for request in samples) and any(request.state is State.WAITING for request in samples)

@@ -212,6 +212,8 @@ class World:
         self.memory = SlotMemory(num_blocks, block_size, max_num_seqs)
         self.flight: list[tuple[Step, Sampled]] = []
         self.asked: dict[str, tuple[list[int], StopRule]] = {}
+        self.begun: set[str] = set()
+        self.deadline: dict[str, float] = {}
         self.output: dict[str, list[int]] = {}
         self.reason: dict[str, str] = {}
         self.events: list[Event] = []
@@ -229,6 +231,8 @@ class World:
                 request.lookup = Oracle(request_id)  # type: ignore[assignment]  # says what the real one says
             self.asked[request_id] = (list(prompt), stop)
             self.output[request_id] = []
+            if options.get("deadline") is not None:
+                self.deadline[request_id] = options["deadline"]  # type: ignore[assignment]  # tests pass numbers
         return ids
 
     def take(self, events: list[Event]) -> None:
@@ -244,9 +248,17 @@ class World:
         self.now += 1.0
         step = self.scheduler.plan(self.now, only)
         if step is not None:
+            self._check_deadlines(step)
             self.steps.append(step)
             self.flight.append((step, self.memory.run(step, fail=fail)))
         return step
+
+    def _check_deadlines(self, step: Step) -> None:
+        """Nobody begins too late, but for further samples of a prompt that has begun in time."""
+        for _, name in step.admitted:
+            prompt_name = name.partition("/")[0]
+            assert prompt_name in self.begun or self.deadline.get(name, float("inf")) > step.at, f"{name} begins too late"
+            self.begun.add(prompt_name)
 
     def commit(self) -> None:
         step, sampled = self.flight.pop(0)
@@ -275,12 +287,14 @@ class World:
         step = self.scheduler.plan(self.now)
         if step is None:
             return []
+        self._check_deadlines(step)
         if ran:
             self.memory.run(step)
         else:
             self.memory.update(step)
         skipped = self.scheduler.plan(self.now) if ahead else None
         if skipped is not None:
+            self._check_deadlines(skipped)
             self.memory.update(skipped)
         return self.scheduler.abandon()
 
@@ -297,6 +311,7 @@ class World:
             planned = self.plan()
             self.check()
             if planned is None and not self.flight:
+                self.take(self.scheduler.take_events())
                 return
             while self.flight and (planned is None or len(self.flight) > int(look_ahead)):
                 self.commit()

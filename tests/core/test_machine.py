@@ -48,10 +48,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["", "", "b", "c"]),
         use_cache=st.sampled_from([True, True, False]),
         speculate=st.booleans(),
+        patience=st.sampled_from([None, None, 0, 1, 4]),
     )
-    def submit(self, prefix: list[int], own: list[int], max_tokens: int, n: int, stop: frozenset[int], **options: object) -> None:
+    def submit(self, prefix: list[int], own: list[int], max_tokens: int, n: int, patience: int | None, **options: object) -> None:
+        options["stop_token_ids"] = options.pop("stop")
+        options["deadline"] = None if patience is None else self.world.now + patience
         try:
-            self.world.submit(f"r{self.next}", prefix + own, max_tokens, n=n, stop_token_ids=stop, **options)
+            self.world.submit(f"r{self.next}", prefix + own, max_tokens, n=n, **options)
         except StreamKVError:
             return  # refused before anything is queued; `check` would see a trace of it
         self.next += 1
