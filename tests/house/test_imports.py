@@ -17,7 +17,7 @@ ANYWHERE = {"streamkv.errors", "streamkv.logs"}
 VALUES = {"streamkv.sampling_params"}
 CORE = {"streamkv.core"}
 API = {"streamkv.engine.api"}
-SEAM = {"streamkv.attention"}
+SEAM = {"streamkv.attention", "streamkv.fused"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     # lowest first; a package's own modules are always allowed
@@ -25,7 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.logs": set(),
     "streamkv.sampling_params": ANYWHERE,
     "streamkv.core": {"streamkv.errors"},
-    "streamkv.attention": ANYWHERE,
+    "streamkv.fused": set(),
+    "streamkv.attention": ANYWHERE | {"streamkv.fused"},
     "streamkv.entry_points": ANYWHERE,
     "streamkv.backend_registry": ANYWHERE | SEAM | {"streamkv.entry_points"},
     "streamkv.demo": set(),
