@@ -55,12 +55,15 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
         sampling: shared by all samples.
         priority: lower comes first (policy `priority`); ignored by `fcfs`.
         salt: isolates the prefix cache: only requests with the same salt share blocks.
+        tenant: who sent it; tenants take turns, and each has its share of the cache.
         use_cache: False = neither read nor publish cached blocks.
         credit: number of output tokens the client accepts so far (absolute); None = no limit.
         pooling: None, or the request asks for one vector of its prompt; then it neither generates nor uses the cache.
         fork_of: a request whose prompt and output this prompt begins with; while it lives their blocks are shared copy-on-write,
             later through the prefix cache. Needs its salt.
         first_branch: branch of the first id; a fork takes branches that nobody of its family has, so that it goes its own way.
+        queue_timeout_s: longest time from now to the begin of its prefill, in seconds; later nothing of it is computed, and each
+            id ends with the error "deadline_exceeded". None = no limit.
         inherited: how many of the last prompt tokens are output of those that it was forked from; penalties count them as output.
     """
 
@@ -69,11 +72,13 @@ class EngineRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling
     priority: int = 0
     salt: str = ""
+    tenant: str = ""
     use_cache: bool = True
     credit: int | None = None
     pooling: Pooling | None = None
     fork_of: str | None = None
     first_branch: int = 0
+    queue_timeout_s: float | None = None
     inherited: int = 0
 
 

@@ -149,10 +149,12 @@ class InProcessEngine:
             StopRule(sampling.max_tokens, frozenset(sampling.stop_token_ids), sampling.min_tokens),
             priority=request.priority,
             salt=request.salt,
+            tenant=request.tenant,
             # What is wanted of every prompt token needs every prompt token computed.
             use_cache=request.use_cache and request.pooling is None and sampling.prompt_logprobs is None,
             credit=request.credit,
             fork_of=request.fork_of,
+            deadline=None if request.queue_timeout_s is None else self._clock() + request.queue_timeout_s,
             speculate=sampling.is_memoryless and request.pooling is None,
         )
         for branch, request_id in enumerate(request.ids, request.first_branch):
@@ -297,12 +299,16 @@ class InProcessEngine:
         await self._send(events)
 
     async def _rest(self) -> None:
-        """Nothing to compute: deliver what is left, then sleep until somebody wants something."""
+        """Nothing to compute: deliver what is left, then sleep until somebody wants something or has waited too long."""
         await self._send(self._scheduler.take_events())
         if not self._scheduler.has_requests:
             self._idle.set()
         if not self._ended:
-            await self._wake.wait()
+            deadline = self._scheduler.next_deadline
+            timeout = None if deadline is None else max(0.0, deadline - self._clock())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
         self._wake.clear()
 
     # -- a step that failed ---------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ class FakeEngine:
         self._interval_s = interval_s
         self._max_live = max_live
         self._live: dict[str, _Live] = {}
+        self._deadlines: dict[str, float] = {}  # of those that have not begun
         self._ended: list[StepOutput] = []
         self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue(_MAX_BATCHES)
         self._wake = asyncio.Event()
@@ -129,12 +130,15 @@ class FakeEngine:
         self._prompt_tokens += len(request.prompt) * len(request.ids)
         for branch, request_id in enumerate(request.ids, request.first_branch):
             self._live[request_id] = _Live(request, branch, request.credit)
+            if request.queue_timeout_s is not None:
+                self._deadlines[request_id] = time.monotonic() + request.queue_timeout_s
         self._idle.clear()
         self._wake.set()
 
     async def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request; unknown and finished ids are ignored."""
         if self._live.pop(request_id, None) is not None:
+            self._deadlines.pop(request_id, None)
             self._ended.append(StepOutput(request_id, finish_reason=reason))
             self._wake.set()
 
@@ -218,7 +222,7 @@ class FakeEngine:
     async def _run(self) -> None:
         due = time.monotonic()
         while True:
-            outputs = self._step()
+            outputs = [*self._late(), *self._step()]
             if outputs:
                 await self._batches.put(StepBatch(outputs, time.monotonic()))
                 due = max(due + self._interval_s, time.monotonic() - self._interval_s)
@@ -227,8 +231,20 @@ class FakeEngine:
             if not self._live:
                 self._idle.set()
             self._wake.clear()
-            await self._wake.wait()
+            timeout = max(0.0, min(self._deadlines.values()) - time.monotonic()) if self._deadlines else None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
             due = time.monotonic()
+
+    def _late(self) -> list[StepOutput]:
+        """End those that should have begun by now."""
+        now = time.monotonic()
+        late = [request_id for request_id, deadline in self._deadlines.items() if deadline <= now]
+        for request_id in late:
+            del self._deadlines[request_id], self._live[request_id]
+        error = ("deadline_exceeded", "the request waited longer than its time limit; nothing of it was computed")
+        return [StepOutput(request_id, finish_reason="error", error=error) for request_id in late]
 
     def _step(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -237,6 +253,7 @@ class FakeEngine:
                 continue
             first = live.num_tokens == 0
             if first:
+                self._deadlines.pop(request_id, None)
                 outputs.append(StepOutput(request_id, state="prefill", cached=0, miss="not_cached"))
             sampling = live.request.sampling
             known = self._of_prompt(live) if first else None

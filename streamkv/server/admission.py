@@ -12,8 +12,6 @@ An idle server refuses nobody. Retrying early costs little, since a refusal is m
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +43,7 @@ class Lease:
     Use it as a context manager around `TextStreams.open`: if that raises, it is given back.
     """
 
-    __slots__ = ("_admission", "begun", "blocks", "deadline", "ids", "prompt", "since", "tenant", "tokens", "waiting")
+    __slots__ = ("_admission", "begun", "blocks", "ids", "prompt", "since", "tenant", "tokens", "waiting")
 
     def __init__(
         self, admission: Admission, tenant: _Tenant | None, ids: Sequence[str], prompt: int, tokens: int, blocks: int
@@ -59,7 +57,6 @@ class Lease:
         self.waiting = True  # its prefill has not begun
         self.since = 0.0
         self.begun = 0.0  # when its prefill did
-        self.deadline: float | None = None
 
     def release(self) -> None:
         """Give everything back; again and again if you like."""
@@ -130,19 +127,17 @@ class Admission:
         Args:
             slo_ttft_s: longest time to the first token that is still worth beginning.
             max_waiting: most samples that wait for their prefill.
-            queue_timeout_s: how long one may wait; see `expired`.
+            queue_timeout_s: how long what is let in may wait for its prefill: for the doors, who ask the engine to end it then.
             clock: the engine's.
         """
         self._info = info
         self._slo = slo_ttft_s
         self._max_waiting = max_waiting
-        self._queue_timeout = queue_timeout_s
+        self.queue_timeout_s = queue_timeout_s
         self._clock = clock
         self._random = random or Random()  # noqa: S311  # jitter, no secret
         self._tenants: dict[str, _Tenant] = {}
         self._by_id: dict[str, Lease] = {}
-        self._deadlines: list[tuple[float, int, Lease]] = []
-        self._order = itertools.count()
         self._miss = Mean(1.0)  # share of prompt tokens that the prefix cache does not have
         self._output = Mean(_FIRST_GUESS_TOKENS)
         self._service: Mean | None = None  # seconds from the begin of the prefill to the end, once known
@@ -165,14 +160,12 @@ class Admission:
         ids: Sequence[str],
         *,
         shared: int = 0,
-        timeout_s: float | None = None,
         share: Share | None = None,
     ) -> Lease:
         """Let a prompt in, with one id per sample.
 
         Args:
             shared: prompt tokens that are surely there already (a fork).
-            timeout_s: the request's own limit for waiting.
             share: it is one of the prompts that this was given for; its tenant has been charged.
 
         Raises:
@@ -188,7 +181,7 @@ class Admission:
         lease = Lease(self, tenant, ids, prompt, tokens, blocks)
         if share is not None:
             share.leases = [*(other for other in share.leases if other.ids), lease]
-        self._take(lease, timeout_s, now)
+        self._take(lease, now)
         return lease
 
     @contextmanager
@@ -288,7 +281,7 @@ class Admission:
                 "the KV cache is full of running requests; try again later", retry_after_s=self._soon(excess / rate)
             )
 
-    def _take(self, lease: Lease, timeout_s: float | None, now: float) -> None:
+    def _take(self, lease: Lease, now: float) -> None:
         self.leases += 1
         self.waiting += len(lease.ids)
         self.backlog_tokens += lease.tokens
@@ -299,10 +292,6 @@ class Admission:
         for request_id in lease.ids:
             assert request_id not in self._by_id, f"{request_id} is in use"
             self._by_id[request_id] = lease
-        limits = [limit for limit in (timeout_s, self._queue_timeout) if limit is not None]
-        if limits:
-            lease.deadline = now + min(limits)
-            heapq.heappush(self._deadlines, (lease.deadline, next(self._order), lease))
 
     def _soon(self, seconds: float, *, early: bool = True) -> float:
         jitter = self._random.uniform(-_JITTER if early else 0.0, _JITTER)
@@ -348,16 +337,6 @@ class Admission:
         """Give back what is left of a lease."""
         self.refused(tuple(lease.ids))
 
-    def expired(self) -> list[str]:
-        """Ids of requests whose time to wait is over and whose prefill has not begun; each once. They are to be ended."""
-        now = self._clock()
-        ids: list[str] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, lease = heapq.heappop(self._deadlines)
-            if lease.waiting:
-                ids += sorted(lease.ids)
-        return ids
-
     def _begin(self, lease: Lease, cached: int) -> None:
         lease.waiting = False
         lease.begun = self._clock()
@@ -401,7 +380,6 @@ class Admission:
             self.prefill_rate.idle(now)
         if not self.leases:
             self.block_rate.idle(now)
-            self._deadlines.clear()
 
     def check(self) -> None:
         """Prove that the sums are those of the leases that are out. For tests."""

@@ -55,7 +55,7 @@ class Server:
         self._listener = Listener(config)
         self.lost = asyncio.Event()
         """The engine has gone. Nothing can be served any more; whoever started the process should start another one."""
-        self._chores = Chores(self.guard, self._listener, self.admission, streams, self.lost.set)
+        self._chores = Chores(self.guard, self._listener, streams, self.lost.set)
         self.stream_door = StreamDoor(streams, config, self.guard, self.admission, self._moved.set, self.recorder)
         self.metrics_door = MetricsDoor(self.recorder, streams.client, prefix=config.metrics_prefix, public=config.metrics_public)
         self.doors: list[Door] = [

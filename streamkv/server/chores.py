@@ -1,4 +1,4 @@
-"""What a server looks after a few times a second: slow connections, changed keys, requests that have waited too long."""
+"""What a server looks after a few times a second: slow connections, changed keys, an engine that is gone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Final
 
 import structlog
 
-from streamkv.server.admission import Admission
 from streamkv.server.guard import Guard
 from streamkv.server.listener import Listener
 from streamkv.text.streams import TextStreams
@@ -31,7 +30,6 @@ class Chores:
         self,
         guard: Guard,
         listener: Listener,
-        admission: Admission,
         streams: TextStreams,
         on_lost: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
@@ -39,7 +37,6 @@ class Chores:
         """``on_lost`` is called when the engine has gone: again and again, until somebody ends the server."""
         self._guard = guard
         self._listener = listener
-        self._admission = admission
         self._streams = streams
         self._on_lost = on_lost
         self._clock = clock
@@ -75,10 +72,6 @@ class Chores:
         if not self._streams.alive:
             self._on_lost()
         self._listener.connections.end_slow()
-        for request_id in self._admission.expired():
-            await self._streams.fail(
-                request_id, "deadline_exceeded", "the request waited longer than its time limit; nothing of it was computed"
-            )
         now = self._clock()
         if self._hurry or now - self._keys_at >= _KEYS_S:
             hurry, self._hurry, self._keys_at = self._hurry, False, now

@@ -268,9 +268,11 @@ class LiveSession:
                     sink=self._sink,
                     priority=wish.priority,
                     salt=self.principal.salt_with(None if body is None else body.cache_salt),
+                    tenant=self.principal.tenant,
                     credit=wish.credit,
                     fork_of=parent.engine_id if parent is not None else None,
                     first_branch=family.take(len(keys)),
+                    queue_timeout_s=self._admission.queue_timeout_s,
                 )
         except StreamKVError as error:
             self._forget(engine_ids)

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-import msgspec
 import structlog
 
 from streamkv.engine.api import EngineClient, EngineRequest, FinishReason, StepBatch
@@ -59,7 +58,6 @@ class TextStreams:
         self._preparer = Preparer(self.info, tokenizer, self._pool)
         self._streams: dict[str, TextStream] = {}
         self._stopped: set[str] = set()  # ended here by a stop string; the engine's own end is still to come
-        self._failing: dict[str, tuple[str, str]] = {}  # cancelled with this error; the engine's own end is still to come
         self._cancels: set[asyncio.Task[None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._alive = False
@@ -140,9 +138,11 @@ class TextStreams:
         sink: Sink,
         priority: int = 0,
         salt: str = "",
+        tenant: str = "",
         credit: int | None = None,
         fork_of: str | None = None,
         first_branch: int = 0,
+        queue_timeout_s: float | None = None,
     ) -> None:
         """Submit one prompt with one id per sample; from now on `sink` gets the events of all of them.
 
@@ -166,10 +166,12 @@ class TextStreams:
                     prepared.sampling,
                     priority=priority,
                     salt=salt,
+                    tenant=tenant,
                     credit=credit,
                     pooling=prepared.pooling,
                     fork_of=fork_of,
                     first_branch=first_branch,
+                    queue_timeout_s=queue_timeout_s,
                     inherited=prepared.inherited,
                 )
             )
@@ -182,12 +184,6 @@ class TextStreams:
     async def cancel(self, request_id: str, reason: FinishReason = "cancelled") -> None:
         """End a request; its last event follows. Unknown and finished ids are ignored."""
         await self.client.cancel(request_id, reason)
-
-    async def fail(self, request_id: str, code: str, message: str) -> None:
-        """End a request with an error of the protocol; its last event follows. Unknown and finished ids are ignored."""
-        if request_id in self._streams:
-            self._failing[request_id] = (code, message)
-            await self.client.cancel(request_id)
 
     async def credit(self, request_id: str, limit: int) -> None:
         """The reader accepts so many output tokens; at the limit the request is parked."""
@@ -214,8 +210,6 @@ class TextStreams:
                 if output.finish_reason is not None:
                     self._stopped.discard(output.id)
                 continue
-            if output.finish_reason is not None and (error := self._failing.pop(output.id, None)) is not None:
-                output = msgspec.structs.replace(output, finish_reason="error", error=error)  # noqa: PLW2901  # what its reader is told
             events = by_sink.setdefault(stream.sink, [])
             if stream.take(output, batch.at, events):
                 self._stopped.add(output.id)

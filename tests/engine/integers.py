@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -81,7 +82,7 @@ class IntegerRunner:
 @asynccontextmanager
 async def integer_engine(**options: Any) -> AsyncIterator[tuple[InProcessEngine, IntegerRunner]]:
     """A started engine that proves its invariants after every commit."""
-    look_ahead = options.pop("look_ahead", True)
+    look_ahead, clock = options.pop("look_ahead", True), options.pop("clock", time.monotonic)
     settings = {"max_num_seqs": MAX_NUM_SEQS, "max_num_batched_tokens": 32, "max_model_len": 128} | options
     scheduler = Scheduler(SchedulerConfig(**settings), KVCache(NUM_BLOCKS, BLOCK_SIZE))
     runner = IntegerRunner()
@@ -100,7 +101,7 @@ async def integer_engine(**options: Any) -> AsyncIterator[tuple[InProcessEngine,
         embedding_dim=1,
         logits_processors=("enabled",),
     )
-    engine = InProcessEngine(scheduler, runner, RunnerThread(), info, look_ahead=look_ahead, check=True)
+    engine = InProcessEngine(scheduler, runner, RunnerThread(), info, look_ahead=look_ahead, clock=clock, check=True)
     engine.start()
     try:
         yield engine, runner

@@ -335,6 +335,33 @@ async def run_to_rest(engine: EngineClient, reader: Reader) -> None:
     await reader.finished([name])
 
 
+# -- too late ---------------------------------------------------------------------------------------------------------
+
+
+async def test_what_has_waited_too_long_ends_though_nothing_is_computed(engine: EngineClient) -> None:
+    reader = Reader(engine)
+    await engine.submit(ask("late", PROMPT, 5, n=2, credit=0, queue_timeout_s=0.02))
+    await engine.submit(ask("at once", PROMPT, 5, queue_timeout_s=0.0))
+    collected = await reader.finished(["late/0", "late/1", "at once"])
+    for one in collected.values():
+        (only,) = one.outputs
+        assert (only.finish_reason, (only.error or ("",))[0]) == ("error", "deadline_exceeded")
+    stats = await engine.stats()
+    assert (stats.waiting, stats.running) == (0, 0)
+    await engine.drain(DEADLINE_S)
+
+
+async def test_what_has_begun_is_not_too_late(engine: EngineClient) -> None:
+    reader = Reader(engine)
+    await engine.submit(ask("a", PROMPT, 20, credit=1, queue_timeout_s=0.1))
+    await reader.tokens("a", 1)
+    await engine.submit(ask("clock", PROMPT, 5, credit=0, queue_timeout_s=0.2))
+    await reader.finished(["clock"])
+    await engine.credit("a", 20)
+    collected = await reader.finished(["a"])
+    assert (len(collected["a"].tokens), collected["a"].last.finish_reason) == (20, "length")
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 BAD: dict[str, tuple[EngineRequest, type[Exception]]] = {

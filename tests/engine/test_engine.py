@@ -180,6 +180,43 @@ async def test_credit_parks_a_request_and_wakes_it() -> None:
     assert right(collected, {"slow": [1, 2, 3]}, 9)
 
 
+async def test_tenants_take_turns() -> None:
+    entered: list[str] = []
+    async with integer_engine(max_num_seqs=1, max_num_batched_tokens=8) as (engine, runner):
+        runner.fault = lambda step, _names: (entered.extend(name for _, name in step.admitted), frozenset())[1]
+        requests = [ask(f"a{index}", [1, 2, index], 2, tenant="a") for index in range(4)]
+        await run_all(engine, [*requests, ask("b", [3, 3], 2, tenant="b")])
+    assert entered.index("b") <= 2, entered
+
+
+@pytest.mark.parametrize("look_ahead", [True, False])
+async def test_a_request_is_ended_at_its_deadline_and_not_before_and_is_never_in_a_step(look_ahead: bool) -> None:
+    """There is one place. It comes free at 9.9 and one is begun; when it comes free again it is 10, and the other is not."""
+    now = 0.0
+    names: set[str] = set()
+
+    def fault(_step: Step, members: list[str]) -> frozenset[str]:
+        nonlocal now
+        names.update(members)
+        now = 10.0 if "in time" in members else 9.9
+        return frozenset()
+
+    settings = {"look_ahead": look_ahead, "max_num_seqs": 1, "max_num_batched_tokens": 8}
+    async with integer_engine(clock=lambda: now, **settings) as (engine, runner):
+        runner.fault = fault
+        reader = Reader(engine)
+        await engine.submit(ask("a", [1, 2, 3], 3))
+        for name in ("in time", "late"):
+            await engine.submit(ask(name, [4, 5], 3, queue_timeout_s=10.0))
+        collected = await reader.finished(["a", "in time", "late"])
+    assert right(collected, {"a": [1, 2, 3], "in time": [4, 5]}, 3)
+    assert collected["late"].last.error == (
+        "deadline_exceeded",
+        "the request waited longer than its time limit; nothing of it was computed",
+    )
+    assert names == {"a", "in time"}
+
+
 async def test_drain_lets_running_requests_finish_and_takes_no_new_ones() -> None:
     async with integer_engine() as (engine, runner):
         reader = Reader(engine)

@@ -141,12 +141,27 @@ async def test_a_tenants_name_is_the_salt_of_its_cache_whatever_it_asks_for(tmp_
                 await raw.ended("s")
             for salt in ("acme", "rival", "", "\0acme"):
                 await ask(served, "POST", "/v1/completions", bearer(tenant), body | {"cache_salt": salt})
+        assert {request.salt.partition("\0")[0] for request in served.engine.requests} == {"acme", "rival"}
         salts: dict[str, set[str]] = {"acme": set(), "rival": set()}
         half = len(served.engine.requests) // 2
         for index, request in enumerate(served.engine.requests):
             salts["acme" if index < half else "rival"].add(request.salt)
         assert "" not in salts["acme"] | salts["rival"]
         assert not salts["acme"] & salts["rival"]
+
+
+async def test_the_engine_is_told_whose_each_request_is_and_how_long_it_may_wait(tmp_path: Path):
+    """Turns and shares are taken by what the key says, on every door; a salt of the client's own changes nothing."""
+    async with keyed(tmp_path, queue_timeout_s=60.0) as served:
+        body = {"model": "fake", "max_tokens": 1, "cache_salt": "rival"}
+        chat = {"messages": [{"role": "user", "content": "a"}]}
+        for path, given in (("completions", {"prompt": "a"}), ("chat/completions", chat), ("embeddings", {"input": "a"})):
+            assert (await ask(served, "POST", f"/v1/{path}", bearer("acme"), body | given)).status == 200
+        async with served.raw(headers=bearer("acme")) as raw:
+            await raw.create("s", "a", max_tokens=1, cache_salt="rival")
+            await raw.ended("s")
+        assert len(served.engine.requests) == 4
+        assert {(request.tenant, request.queue_timeout_s) for request in served.engine.requests} == {("acme", 60.0)}
 
 
 async def test_another_tenants_session_is_as_if_it_were_not_there(tmp_path: Path):

@@ -99,12 +99,20 @@ class Generation:
             raise self.failure
         lease = self._work.admission.admit(principal, prepared, list(self._ids), share=share)
         # Half-way through, the engine may have the request and we not its word: this is never interrupted, only outlived.
-        self._opening = self._work.spawn(self._submit(lease, prepared, priority, salt))
+        self._opening = self._work.spawn(self._submit(lease, prepared, principal, priority, salt))
         await asyncio.shield(self._opening)
 
-    async def _submit(self, lease: Lease, prepared: PreparedPrompt, priority: int, salt: str) -> None:
+    async def _submit(self, lease: Lease, prepared: PreparedPrompt, principal: Principal, priority: int, salt: str) -> None:
         with lease:
-            await self._work.streams.open(list(self._ids), prepared, sink=self._sink, priority=priority, salt=salt)
+            await self._work.streams.open(
+                list(self._ids),
+                prepared,
+                sink=self._sink,
+                priority=priority,
+                salt=salt,
+                tenant=principal.tenant,
+                queue_timeout_s=self._work.admission.queue_timeout_s,
+            )
 
     def release(self) -> None:
         """Cancel what still runs. Returns at once, so that it can be called by a handler that is being cancelled."""
