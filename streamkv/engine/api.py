@@ -129,6 +129,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         embedding_dim: width of a pooled vector; 0 = the engine pools nothing.
         logits_processors: names that a request may ask for.
         epoch: differs for every engine process.
+        fingerprint: of the weights and what they are computed with; "" = not known.
     """
 
     model: str
@@ -144,6 +145,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     epoch: str
     embedding_dim: int = 0
     logits_processors: tuple[str, ...] = ()
+    fingerprint: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True):

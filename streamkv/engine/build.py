@@ -93,6 +93,7 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
         epoch=secrets.token_hex(8),
         embedding_dim=parts.embedding_dim,
         logits_processors=tuple(parts.processors),
+        fingerprint=parts.model.fingerprint,
     )
     engine = InProcessEngine(
         scheduler,

@@ -31,6 +31,7 @@ __all__ = [
     "check_body",
     "decode_body",
     "parse_body",
+    "prompts_of",
     "validation_error",
 ]
 
@@ -191,23 +192,32 @@ def _tools(body: ChatBody) -> list[dict[str, Any]] | None:
     return None if body.tool_choice == "none" else body.tools
 
 
+def prompts_of(given: str | list[int | str | list[int]]) -> list[Input]:
+    """The prompts that a completion's body names.
+
+    Raises:
+        InvalidRequestError: one of them is empty, or none, or token ids stand beside texts.
+    """
+    ids = [item for item in given if isinstance(item, int)] if isinstance(given, list) else []
+    prompts = [given] if isinstance(given, str) else [ids] if len(ids) == len(given) else given
+    found: list[Input] = []
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, int):
+            raise InvalidRequestError("prompt has a token id beside other things; give each list of ids its own", param="prompt")
+        if not prompt:
+            name = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
+            raise InvalidRequestError("prompt is empty; send at least one token", param=name)
+        found.append(prompt)
+    return found
+
+
 def _prompt(given: str | list[int | str | list[int]]) -> Input:
     """The one prompt of a request."""
-    if not given:
-        raise InvalidRequestError("prompt is empty; send at least one token", param="prompt")
-    if isinstance(given, str):
-        return given
-    ids = [item for item in given if isinstance(item, int)]
-    if len(ids) == len(given):
-        return ids
-    if len(given) > 1:
-        message = f"prompt is a list of {len(given)}; send one prompt (a text, or token ids) in each request"
+    prompts = prompts_of(given)
+    if len(prompts) > 1:
+        message = f"prompt is a list of {len(prompts)}; send one prompt (a text, or token ids) in each request"
         raise InvalidRequestError(message, param="prompt")
-    (only,) = given
-    assert not isinstance(only, int)
-    if not only:
-        raise InvalidRequestError("prompt is empty; send at least one token", param="prompt")
-    return only
+    return prompts[0]
 
 
 def _inputs(given: str | list[Any], num_ids: int | None) -> tuple[Input, ...]:

@@ -74,7 +74,7 @@ class Share:
     """What `Admission.several` has let in.
 
     Attributes:
-        places: how many of its prompts may be in the engine at once.
+        places: how many of its prompts may be in the engine at once, each with all of its samples.
         leases: of those that are.
     """
 
@@ -185,11 +185,11 @@ class Admission:
         return lease
 
     @contextmanager
-    def several(self, principal: Principal, prompts: Sequence[PreparedPrompt], *, at_once: int) -> Iterator[Share]:
+    def several(self, principal: Principal, prompts: Sequence[PreparedPrompt], *, samples: int, at_once: int) -> Iterator[Share]:
         """Let a request of several prompts in; inside the block each of them is admitted with this share.
 
         To its tenant it is one request with the tokens of all its prompts, charged at once: so the quota refuses all of it or
-        nothing. Its places count as streams of the tenant, up to `at_once`, as many as the tenant has left.
+        nothing. It gets up to `at_once` places, as many as the tenant has streams left, and they count as streams of it.
 
         Raises:
             RateLimitedError: as `admit`.
@@ -197,17 +197,18 @@ class Admission:
         """
         now = self._clock()
         total = sum(len(prepared.token_ids) for prepared in prompts)
-        tenant = self._within_quota(principal, total, 1, now)
-        self._in_time(prompts[0], 1, 0, now)
+        tenant = self._within_quota(principal, total, samples, now)
+        self._in_time(prompts[0], samples, 0, now)
         limit = tenant.quota.streams
-        share = Share(at_once if limit is None else min(at_once, limit - tenant.streams))
-        tenant.charge(total, share.places)
-        tenant.held += share.places
+        share = Share(at_once if limit is None else min(at_once, (limit - tenant.streams) // samples))
+        held = share.places * samples
+        tenant.charge(total, held)
+        tenant.held += held
         try:
             yield share
         finally:
-            tenant.held -= share.places
-            tenant.streams -= share.places
+            tenant.held -= held
+            tenant.streams -= held
             for lease in share.leases:  # whose cancelling is still on its way
                 lease.tenant = tenant
                 tenant.streams += len(lease.ids)

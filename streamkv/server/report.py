@@ -13,16 +13,16 @@ _MAX_REPORTED: Final = 32_768
 """Most log-probabilities of prompt tokens that one request can ask for: about a megabyte of JSON."""
 
 
-def check_report(prepared: PreparedPrompt) -> None:
-    """Refuse what would be too much.
+def check_report(*prompts: PreparedPrompt) -> None:
+    """Refuse what would be too much of one request.
 
     Raises:
         InvalidRequestError: too many log-probabilities of prompt tokens.
     """
-    top = prepared.sampling.prompt_logprobs
-    if top is not None and prepared.reports_prompt and len(prepared.token_ids) * (1 + top) > _MAX_REPORTED:
+    top = prompts[0].sampling.prompt_logprobs
+    tokens = sum(len(prepared.token_ids) for prepared in prompts)
+    if top is not None and prompts[0].reports_prompt and tokens * (1 + top) > _MAX_REPORTED:
         raise InvalidRequestError(
-            f"{len(prepared.token_ids)} prompt tokens with {top} alternatives each are more than {_MAX_REPORTED} "
-            "log-probabilities; ask for fewer",
+            f"{tokens} prompt tokens with {top} alternatives each are more than {_MAX_REPORTED} log-probabilities; ask for fewer",
             param="prompt_logprobs",
         )

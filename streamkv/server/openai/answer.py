@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from streamkv.sampling_params import SamplingParams, TokenLogprobs
 from streamkv.server.openai.generation import Piece
 from streamkv.server.openai.names import TokenNames
 from streamkv.server.openai.requests import UsageWish
-from streamkv.server.openai.shapes import Finish, PromptTokensDetails, Usage
+from streamkv.server.openai.shapes import Finish, Head, PromptLogprobEntries, PromptTokensDetails, Usage
 from streamkv.text.events import Finished
 from streamkv.text.streams import PreparedPrompt
 
@@ -24,20 +25,28 @@ class AnswerContext:
     """What an answer is built from, besides the model's output.
 
     Attributes:
-        ident: one id for all of it.
-        created: Unix time in seconds.
+        head: what all of its events have in common.
+        prompts: each with `params.n` samples; a chat has one.
         usage: which chunks tell the usage.
-        prompt_logprobs: filled before the first piece comes.
+        prompt_logprobs: of each prompt; filled before its first piece comes.
     """
 
-    ident: str
-    created: int
-    model: str
+    head: Head
     params: SamplingParams
-    prepared: PreparedPrompt
+    prompts: Sequence[PreparedPrompt]
     names: TokenNames
     usage: UsageWish
-    prompt_logprobs: list[TokenLogprobs]
+    prompt_logprobs: Sequence[Sequence[TokenLogprobs]]
+
+    def entries_of(self, number: int) -> PromptLogprobEntries | UnsetType:
+        """What the answer says of a prompt's own tokens, if that was asked for."""
+        if self.params.prompt_logprobs is None:
+            return UNSET
+        return self.names.prompt(self.prompts[number].token_ids, self.prompt_logprobs[number])
+
+    def usage_of(self, counter: Counter) -> Usage | UnsetType | None:
+        """What a chunk before the last one says of it."""
+        return UNSET if self.usage == "none" else counter.usage if self.usage == "each" else None
 
 
 class Answer(Protocol):
@@ -56,16 +65,17 @@ class Answer(Protocol):
 class Counter:
     """Adds up the usage of all samples."""
 
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt_tokens = prompt_tokens
+    def __init__(self, context: AnswerContext) -> None:
+        self._samples = context.params.n
+        self._prompt_tokens = sum(len(prepared.token_ids) for prepared in context.prompts)
         self._completion_tokens = 0
         self._cached_tokens = 0
 
     def count(self, piece: Piece) -> None:
         """Take a piece into account."""
         self._completion_tokens += len(piece.token_ids)
-        if piece.finished is not None and piece.index == 0:
-            self._cached_tokens = piece.finished.cached_tokens
+        if piece.finished is not None and piece.index % self._samples == 0:  # a prompt counts once
+            self._cached_tokens += piece.finished.cached_tokens
 
     @property
     def usage(self) -> Usage:

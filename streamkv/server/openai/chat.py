@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from msgspec import UNSET, UnsetType
-
 from streamkv.server.openai.answer import AnswerContext, Counter, finish_of
 from streamkv.server.openai.generation import Piece
 from streamkv.server.openai.shapes import (
@@ -31,7 +29,7 @@ class ChatAnswer:
 
     def __init__(self, context: AnswerContext) -> None:
         self._context = context
-        self._counter = Counter(len(context.prepared.token_ids))
+        self._counter = Counter(context)
         self._begun: set[int] = set()
 
     def chunks(self, piece: Piece) -> Iterable[ChatChunk]:
@@ -51,25 +49,13 @@ class ChatAnswer:
         """The usage."""
         return None if self._context.usage == "none" else self._chunk([], self._counter.usage)
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None = UNSET) -> ChatChunk:
-        context = self._context
-        if usage is UNSET and context.usage != "none":
-            usage = self._counter.usage if context.usage == "each" else None
-        return ChatChunk(context.ident, context.created, context.model, choices, usage)
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
+        return ChatChunk(choices, usage or self._context.usage_of(self._counter), **self._context.head)
 
     def whole(self, pieces: Iterable[Piece]) -> ChatCompletion:
         """All choices."""
-        context = self._context
-        return ChatCompletion(
-            context.ident,
-            context.created,
-            context.model,
-            [self._choice(piece) for piece in sorted(pieces, key=lambda piece: piece.index)],
-            self._counter.usage,
-            UNSET
-            if context.params.prompt_logprobs is None
-            else context.names.prompt(context.prepared.token_ids, context.prompt_logprobs),
-        )
+        choices = [self._choice(piece) for piece in sorted(pieces, key=lambda piece: piece.index)]
+        return ChatCompletion(choices, self._counter.usage, self._context.entries_of(0), **self._context.head)
 
     def _choice(self, piece: Piece) -> ChatChoice:
         assert piece.finished is not None

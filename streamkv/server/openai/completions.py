@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from msgspec import UNSET, UnsetType
-
 from streamkv.sampling_params import TokenLogprobs
 from streamkv.server.openai.answer import AnswerContext, Counter, finish_of
 from streamkv.server.openai.generation import Piece
 from streamkv.server.openai.names import Offsets
 from streamkv.server.openai.shapes import Completion, CompletionChoice, CompletionLogprobs, Usage
+from streamkv.text.streams import PreparedPrompt
 
 __all__ = ["CompletionAnswer"]
 
@@ -20,7 +19,7 @@ class CompletionAnswer:
 
     def __init__(self, context: AnswerContext) -> None:
         self._context = context
-        self._counter = Counter(len(context.prepared.token_ids))
+        self._counter = Counter(context)
         self._offsets: dict[int, Offsets] = {}
 
     def chunks(self, piece: Piece) -> Iterable[Completion]:
@@ -36,11 +35,8 @@ class CompletionAnswer:
         """The usage."""
         return None if self._context.usage == "none" else self._chunk([], self._counter.usage)
 
-    def _chunk(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None = UNSET) -> Completion:
-        context = self._context
-        if usage is UNSET and context.usage != "none":
-            usage = self._counter.usage if context.usage == "each" else None
-        return Completion(context.ident, context.created, context.model, choices, usage)
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        return Completion(choices, usage or self._context.usage_of(self._counter), **self._context.head)
 
     def whole(self, pieces: Iterable[Piece]) -> Completion:
         """All choices."""
@@ -50,17 +46,16 @@ class CompletionAnswer:
     def _choice(self, piece: Piece) -> CompletionChoice:
         assert piece.finished is not None
         self._counter.count(piece)
-        context = self._context
-        of_prompt = (
-            UNSET
-            if context.params.prompt_logprobs is None
-            else context.names.prompt(context.prepared.token_ids, context.prompt_logprobs)
-        )
-        return CompletionChoice(piece.index, piece.text, self._logprobs(piece), finish_of(piece.finished), of_prompt)
+        entries = self._context.entries_of(self._number(piece))
+        return CompletionChoice(piece.index, piece.text, self._logprobs(piece), finish_of(piece.finished), entries)
+
+    def _number(self, piece: Piece) -> int:
+        """Which prompt it goes on from."""
+        return piece.index // self._context.params.n
 
     def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
         """None if none were asked for, or there is nothing to say. An echoed prompt comes with the first piece."""
-        context = self._context
+        context, number = self._context, self._number(piece)
         if context.params.logprobs is None:
             return None
         token_ids: list[int] = []
@@ -68,18 +63,17 @@ class CompletionAnswer:
         positions: list[int] = []
         offsets = self._offsets.get(piece.index)
         if offsets is None:
-            offsets = self._offsets[piece.index] = self._output_offsets()
+            offsets = self._offsets[piece.index] = self._output_offsets(context.prompts[number])
             if context.params.echo:
-                token_ids += context.prepared.token_ids
-                logprobs += [None, *context.prompt_logprobs]
-                positions += self._prompt_offsets()
+                token_ids += context.prompts[number].token_ids
+                logprobs += [None, *context.prompt_logprobs[number]]
+                positions += self._prompt_offsets(context.prompts[number])
         token_ids += piece.token_ids
         logprobs += piece.logprobs
         positions += offsets.take(piece.token_ids)
         return context.names.completion(token_ids, logprobs, positions) if token_ids else None
 
-    def _output_offsets(self) -> Offsets:
-        prepared = self._context.prepared
+    def _output_offsets(self, prepared: PreparedPrompt) -> Offsets:
         return Offsets(
             self._context.names.tokenizer,
             skip_special_tokens=prepared.skip_special_tokens,
@@ -87,7 +81,6 @@ class CompletionAnswer:
             after=prepared.token_ids,
         )
 
-    def _prompt_offsets(self) -> list[int]:
-        prepared = self._context.prepared
+    def _prompt_offsets(self, prepared: PreparedPrompt) -> list[int]:
         offsets = Offsets(self._context.names.tokenizer, skip_special_tokens=prepared.skip_special_tokens)
         return offsets.take(prepared.token_ids)

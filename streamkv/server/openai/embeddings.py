@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import math
 import struct
+from functools import partial
 from typing import Final
 
 from streamkv.errors import InvalidRequestError
 from streamkv.protocol.bodies import ParsedEmbedding, check_body
-from streamkv.server.admission import Share
 from streamkv.server.openai.generation import Workload
+from streamkv.server.openai.prompts import prepare_each
 from streamkv.server.openai.requests import EmbeddingRequest, check_priority
 from streamkv.server.openai.shapes import Embedding, EmbeddingList, EmbeddingUsage
 from streamkv.server.principal import Principal
-from streamkv.text.events import Finished
-from streamkv.text.streams import PreparedPrompt
 
 __all__ = ["embed"]
 
 MAX_INPUTS: Final = 2048
-_AT_ONCE: Final = 8
-"""Inputs of one request in the engine: enough to fill a step with short ones, and others are not kept waiting."""
 
 
 async def embed(work: Workload, rid: str, given: EmbeddingRequest, principal: Principal) -> EmbeddingList:
@@ -39,43 +35,17 @@ async def embed(work: Workload, rid: str, given: EmbeddingRequest, principal: Pr
     if given.dimensions is not None and given.dimensions != info.embedding_dim:
         raise InvalidRequestError(f"this model's vectors have {info.embedding_dim} dimensions; leave it out", param="dimensions")
     priority = check_priority(given.priority)
-    prompts = [await _prepared(work, body, index) for index in range(len(body.inputs))]
-    with work.admission.several(principal, prompts, at_once=min(_AT_ONCE, len(prompts))) as share:
-        places = asyncio.Semaphore(share.places)
-
-        async def one(index: int, prepared: PreparedPrompt) -> Finished:
-            async with places:
-                return await _embed_one(work, f"{rid}-{index}", prepared, principal, priority, share)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(index, prepared)) for index, prepared in enumerate(prompts)]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-    ends = [task.result() for task in tasks]
-    vectors = [Embedding(index, _written(end.vector(), given)) for index, end in enumerate(ends)]
-    tokens = sum(end.prompt_tokens for end in ends)
-    return EmbeddingList(vectors, info.model, EmbeddingUsage(tokens, tokens))
-
-
-async def _prepared(work: Workload, body: ParsedEmbedding, index: int) -> PreparedPrompt:
-    try:
-        return await work.streams.prepare_embedding(body.inputs[index], body.pooling)
-    except InvalidRequestError as error:
-        if len(body.inputs) == 1 or error.param != "input":
-            raise
-        raise type(error)(error.message, param=f"input[{index}]") from error
-
-
-async def _embed_one(
-    work: Workload, rid: str, prepared: PreparedPrompt, principal: Principal, priority: int, share: Share
-) -> Finished:
-    with work.generation(rid, 1, limit=0, overflowed=lambda _: None) as generation:
-        await generation.open(prepared, principal, priority=priority, salt=principal.salt, share=share)
+    prompts = await prepare_each("input", body.inputs, partial(work.streams.prepare_embedding, pooling=body.pooling))
+    with work.generation(rid, prompts, 1, limit=0) as generation:
+        await generation.open(principal, priority=priority, salt=principal.salt)
         await generation.ended.wait()
-        (piece,) = generation.take()
-        assert piece.finished is not None
-        return piece.finished
+        pieces = sorted(generation.take(), key=lambda piece: piece.index)
+        if generation.failure is not None:
+            raise generation.failure
+    ends = [piece.finished for piece in pieces if piece.finished is not None]
+    vectors = [Embedding(index, _written(end.vector(), given)) for index, end in enumerate(ends)]
+    tokens = sum(len(prepared.token_ids) for prepared in prompts)
+    return EmbeddingList(vectors, info.model, EmbeddingUsage(tokens, tokens))
 
 
 def _written(vector: list[float], given: EmbeddingRequest) -> list[float] | str:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import msgspec
 import structlog
 from aiohttp import web
 
+from streamkv import __version__
+from streamkv.engine.api import EngineInfo
 from streamkv.errors import InvalidRequestError, StreamKVError
 from streamkv.server.guard import error_of
 from streamkv.server.openai.answer import Answer, AnswerContext
 from streamkv.server.openai.generation import Generation, Workload
 from streamkv.server.openai.names import TokenNames
+from streamkv.server.openai.prompts import prepare_each
 from streamkv.server.openai.requests import GenerationRequest
+from streamkv.server.openai.shapes import Head
 from streamkv.server.openai.sse import DONE, EventStream, Timing, abort, event
 from streamkv.server.report import check_report
 from streamkv.server.request_id import request_id
@@ -48,6 +54,7 @@ class Generating:
         self._timing = timing
         self._max_waiting = max_waiting
         self._names = TokenNames(work.streams.tokenizer)
+        self._fingerprint = _fingerprint(work.streams.info)
 
     async def answer(
         self, request: web.Request, wish: GenerationRequest, ident: str, dialect: Callable[[AnswerContext], Answer]
@@ -61,8 +68,9 @@ class Generating:
             StreamKVError: it cannot be served.
         """
         rid, body, streams = request_id(request), wish.body, self._work.streams
-        prepared = await streams.prepare(body.prompt, body.params, is_chat=body.is_chat, tools=body.tools)
-        check_report(prepared)
+        prepare = partial(streams.prepare, params=body.params, is_chat=body.is_chat, tools=body.tools)
+        prompts = await prepare_each("prompt", wish.prompts, prepare)
+        check_report(*prompts)
         limit = self._max_waiting if wish.stream else MAX_ANSWER
 
         def overflowed(generation: Generation) -> None:
@@ -71,21 +79,17 @@ class Generating:
             else:
                 generation.fail(InvalidRequestError("the answer is too large to be sent whole; stream it, or ask for less"))
 
-        with self._work.generation(ident, body.params.n, limit=limit, overflowed=overflowed) as generation:
-            context = AnswerContext(
-                ident=ident,
-                created=int(time.time()),
-                model=streams.info.model,
-                params=body.params,
-                prepared=prepared,
-                names=self._names,
-                usage=wish.usage,
-                prompt_logprobs=generation.prompt_logprobs,
-            )
-            await generation.open(prepared, wish.principal, priority=wish.priority, salt=wish.salt)
-            log.info("request_opened", rid=rid, id=ident, samples=body.params.n, prompt_tokens=len(prepared.token_ids))
+        samples = body.params.n
+        with self._work.generation(ident, prompts, samples, limit=limit, overflowed=overflowed) as generation:
+            head = Head(id=ident, created=int(time.time()), model=streams.info.model, system_fingerprint=self._fingerprint)
+            if wish.tells_tier:
+                head["service_tier"] = "default"
+            context = AnswerContext(head, body.params, prompts, self._names, wish.usage, generation.prompt_logprobs)
+            await generation.open(wish.principal, priority=wish.priority, salt=wish.salt)
+            tokens = sum(len(prepared.token_ids) for prepared in prompts)
+            log.info("request_opened", rid=rid, id=ident, prompts=len(prompts), samples=samples, prompt_tokens=tokens)
             if wish.stream:
-                return await self._stream(request, generation, dialect(context), body.params.n)
+                return await self._stream(request, generation, dialect(context), len(prompts) * samples)
             await generation.ended.wait()
             pieces = list(generation.take())
             if generation.failure is not None:
@@ -135,6 +139,12 @@ class Generating:
             abort(request, "slow_consumer")
         except ConnectionError:
             pass
+
+
+def _fingerprint(info: EngineInfo) -> str:
+    """What must be the same for equal seeds to give equal texts."""
+    parts = (__version__, info.model, info.fingerprint, info.backend, info.dtype)
+    return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def _log_end(rid: str, ident: str, finished: Finished | None) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, TypeVar
+
+import structlog
 
 from streamkv.errors import DrainingError, StreamKVError
 from streamkv.sampling_params import TokenLogprobs
 from streamkv.server.admission import Admission, Lease, Share
-from streamkv.server.principal import Principal
+from streamkv.server.principal import ANONYMOUS, Principal
 from streamkv.text.events import Delta, Finished, PromptRead, StreamEvent
 from streamkv.text.streams import PreparedPrompt, TextStreams
 
@@ -19,6 +21,10 @@ __all__ = ["Generation", "GenerationError", "Piece", "Workload"]
 
 _LOGPROB_BYTES: Final = 24  # of one (token id, value), as JSON
 _MAX_TEXTS: Final = 256
+_AT_ONCE: Final = 8
+"""Prompts of one request in the engine: enough to fill a step with short ones, and others are not kept waiting."""
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -59,73 +65,120 @@ class Piece:
 
 
 class Generation:
-    """One prompt and its samples; made by `Workload.generation`.
+    """The prompts of one request and their samples; made by `Workload.generation`.
 
     Attributes:
         arrived: set when there is something to take, or to fail with.
         ended: set when nothing more will come.
         failure: why it has failed; comes after what had arrived before.
-        prompt_logprobs: of the prompt tokens after the first, as far as they were asked for and are known.
+        prompt_logprobs: of each prompt, of its tokens after the first, as far as they were asked for and are known.
     """
 
-    def __init__(self, work: Workload, rid: str, n: int, limit: int, overflowed: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        work: Workload,
+        rid: str,
+        prompts: Sequence[PreparedPrompt],
+        samples: int,
+        limit: int,
+        overflowed: Callable[[Generation], None],
+    ) -> None:
         """Nothing is in the engine yet."""
         self.arrived = asyncio.Event()
         self.ended = asyncio.Event()
-        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[list[TokenLogprobs]] = [[] for _ in prompts]
+        self.failure: StreamKVError | None = None
         self._work = work
+        self._prompts = prompts
+        self._samples = samples
         self._limit = limit
         self._overflowed = overflowed
-        self._ids = {f"{rid}.{index}": index for index in range(n)}
-        self._live = set(self._ids)
-        self._opening: asyncio.Task[None] | None = None
+        self._names = [f"{rid}.{index}" for index in range(len(prompts) * samples)]
+        self._ids = {name: index for index, name in enumerate(self._names)}
+        self._live = set(self._names)
+        self._left = [samples] * len(prompts)  # samples of each prompt that have not ended
+        self._next = 0  # prompt to be submitted
+        self._openings: list[asyncio.Task[None]] = []
+        self._principal, self._priority, self._salt = ANONYMOUS, 0, ""  # until it is opened
+        self._held = ExitStack()
+        self._share: Share | None = None  # of several prompts
         self._pieces: dict[int, Piece] = {}
         self._weight = 0
-        self.failure: StreamKVError | None = None
         self._released = False
 
-    async def open(
-        self, prepared: PreparedPrompt, principal: Principal, *, priority: int = 0, salt: str = "", share: Share | None = None
-    ) -> None:
-        """Submit; from now on output arrives.
-
-        Args:
-            share: what it is part of, if its request has several prompts.
+    async def open(self, principal: Principal, *, priority: int = 0, salt: str = "") -> None:
+        """Submit the first prompts; each of the others follows when one has ended. From now on output arrives.
 
         Raises:
-            StreamKVError: it is not admitted, or the engine refuses it.
+            StreamKVError: it is not admitted, or the engine refuses it. If that happens later, the generation fails.
         """
         if self.failure is not None:
             raise self.failure
-        lease = self._work.admission.admit(principal, prepared, list(self._ids), share=share)
-        # Half-way through, the engine may have the request and we not its word: this is never interrupted, only outlived.
-        self._opening = self._work.spawn(self._submit(lease, prepared, principal, priority, salt))
-        await asyncio.shield(self._opening)
+        self._principal, self._priority, self._salt = principal, priority, salt
+        places = 1
+        if len(self._prompts) > 1:
+            at_once = min(_AT_ONCE, len(self._prompts))
+            several = self._work.admission.several(principal, self._prompts, samples=self._samples, at_once=at_once)
+            self._share = self._held.enter_context(several)
+            places = self._share.places
+        for opening in [self._submit_next() for _ in range(places)]:
+            # Half-way through, the engine may have the request and we not its word: this is never interrupted, only outlived.
+            await asyncio.shield(opening)
 
-    async def _submit(self, lease: Lease, prepared: PreparedPrompt, principal: Principal, priority: int, salt: str) -> None:
+    def _submit_next(self) -> asyncio.Task[None]:
+        """The next prompt, with all of its samples."""
+        number, self._next = self._next, self._next + 1
+        first = number * self._samples
+        ids, prepared = self._names[first : first + self._samples], self._prompts[number]
+        lease = self._work.admission.admit(self._principal, prepared, ids, share=self._share)
+        opening = self._work.spawn(self._submit(lease, ids, prepared))
+        self._openings.append(opening)
+        return opening
+
+    async def _submit(self, lease: Lease, ids: list[str], prepared: PreparedPrompt) -> None:
         with lease:
             await self._work.streams.open(
-                list(self._ids),
+                ids,
                 prepared,
                 sink=self._sink,
-                priority=priority,
-                salt=salt,
-                tenant=principal.tenant,
+                priority=self._priority,
+                salt=self._salt,
+                tenant=self._principal.tenant,
                 queue_timeout_s=self._work.admission.queue_timeout_s,
             )
+
+    def _go_on(self) -> None:
+        """A prompt has ended: there is a place for another one."""
+        if self.failure is not None or self._next == len(self._prompts):
+            return
+        try:
+            self._submit_next().add_done_callback(self._opened)
+        except StreamKVError as error:
+            self.fail(error)
+
+    def _opened(self, opening: asyncio.Task[None]) -> None:
+        error = None if opening.cancelled() else opening.exception()
+        if isinstance(error, StreamKVError):
+            self.fail(error)
+        elif error is not None:
+            log.error("submit_failed", exc_info=error)
+            self.fail(StreamKVError("the server failed on this request; its log says why"))
 
     def release(self) -> None:
         """Cancel what still runs. Returns at once, so that it can be called by a handler that is being cancelled."""
         if not self._released:
             self._released = True
             self._pieces.clear()
-            if self._live and self._opening is not None:
-                self._work.spawn(self._cancel(self._opening))
+            if self._live and self._openings:
+                self._work.spawn(self._cancel())
+            self._held.close()
 
-    async def _cancel(self, opening: asyncio.Task[None]) -> None:
-        with suppress(Exception):  # it has been raised in `open`
-            await opening
-            for name in list(self._live):
+    async def _cancel(self) -> None:
+        for opening in self._openings:
+            with suppress(Exception):  # it has been raised in `open`
+                await opening
+        for name in self._names:
+            if name in self._live:
                 await self._work.streams.cancel(name)
 
     def fail(self, error: StreamKVError) -> None:
@@ -149,21 +202,29 @@ class Generation:
 
     def _take_event(self, event: StreamEvent) -> None:
         if isinstance(event, Finished):
-            self._live.discard(event.id)
-        if self._released:
+            self._take_end(event)
+        elif self._released:
             return
-        if isinstance(event, Delta):
+        elif isinstance(event, Delta):
             self._take_delta(event)
         elif isinstance(event, PromptRead):
-            self.prompt_logprobs.extend(event.logprobs.entries)
-        elif isinstance(event, Finished):
-            failure = _failure_of(event)
-            if failure is not None:
-                self.fail(failure)
-            else:
-                self._piece(event.id).finished = event
-            if not self._live:
-                self.ended.set()
+            self.prompt_logprobs[self._ids[event.id] // self._samples].extend(event.logprobs.entries)
+
+    def _take_end(self, event: Finished) -> None:
+        self._live.discard(event.id)
+        if self._released:
+            return
+        failure = _failure_of(event)
+        if failure is not None:
+            self.fail(failure)
+        else:
+            self._piece(event.id).finished = event
+        if not self._live:
+            self.ended.set()
+        number = self._ids[event.id] // self._samples
+        self._left[number] -= 1
+        if not self._left[number]:
+            self._go_on()
 
     def _take_delta(self, delta: Delta) -> None:
         self._piece(delta.id).add(delta)
@@ -214,14 +275,23 @@ class Workload:
         self._closing: StreamKVError | None = None
 
     @contextmanager
-    def generation(self, rid: str, n: int, *, limit: int, overflowed: Callable[[Generation], None]) -> Iterator[Generation]:
+    def generation(
+        self,
+        rid: str,
+        prompts: Sequence[PreparedPrompt],
+        samples: int,
+        *,
+        limit: int,
+        overflowed: Callable[[Generation], None] = lambda _generation: None,
+    ) -> Iterator[Generation]:
         """A generation to be opened inside the block; leaving it releases it.
 
         Args:
+            samples: of each prompt; the first one's come first.
             limit: bytes that may wait to be taken.
             overflowed: called when more has come.
         """
-        generation = Generation(self, rid, n, limit, overflowed)
+        generation = Generation(self, rid, prompts, samples, limit, overflowed)
         self._generations.add(generation)
         if self._closing is not None:
             generation.fail(self._closing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
@@ -10,9 +11,10 @@ from aiohttp import web
 
 from streamkv.engine.api import EngineInfo
 from streamkv.errors import InvalidRequestError
-from streamkv.protocol.bodies import ParsedBody, check_body, decode_body
+from streamkv.protocol.bodies import ParsedBody, check_body, decode_body, prompts_of
 from streamkv.protocol.body_structs import ChatBody, CompletionBody, EmbeddingBody
 from streamkv.server.principal import Principal, principal_of
+from streamkv.text.prepare import Prompt
 
 __all__ = [
     "ChatCompletionRequest",
@@ -28,6 +30,7 @@ __all__ = [
 
 DEFAULT_COMPLETION_TOKENS: Final = 16
 """OpenAI's `max_tokens` of a text completion that says nothing."""
+MAX_PROMPTS: Final = 128
 
 T = TypeVar("T")
 
@@ -48,14 +51,16 @@ class ChatCompletionRequest(ChatBody, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = None
+    service_tier: str | None = None
 
 
 class CompletionRequest(CompletionBody, kw_only=True):
-    """OpenAI's text completion of one prompt; further sampling parameters as in vLLM."""
+    """OpenAI's text completion; further sampling parameters as in vLLM."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = None
+    service_tier: str | None = None
 
 
 class EmbeddingRequest(EmbeddingBody, kw_only=True):
@@ -69,9 +74,16 @@ class EmbeddingRequest(EmbeddingBody, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What is to be generated, and how it is to be delivered."""
+    """What is to be generated, and how it is to be delivered.
+
+    Attributes:
+        prompts: of a chat, its one conversation.
+        tells_tier: the answer says how it was served.
+    """
 
     body: ParsedBody
+    prompts: Sequence[Prompt]
+    tells_tier: bool
     stream: bool
     usage: UsageWish
     priority: int
@@ -98,15 +110,23 @@ def check_generation(
     """
     stream = bool(given.stream)
     usage = _usage_wish(given.stream_options, stream)
-    if isinstance(given, CompletionRequest) and given.max_tokens is None and given.max_completion_tokens is None:
-        given.max_tokens = DEFAULT_COMPLETION_TOKENS
+    prompts: Sequence[Prompt] = []
+    if isinstance(given, CompletionRequest):
+        prompts = prompts_of(given.prompt)
+        if len(prompts) > MAX_PROMPTS:
+            raise InvalidRequestError(f"there are {len(prompts)} prompts; send at most {MAX_PROMPTS}", param="prompt")
+        given.prompt = prompts[0]  # type: ignore[assignment]  # a list is invariant
+        if given.max_tokens is None and given.max_completion_tokens is None:
+            given.max_tokens = DEFAULT_COMPLETION_TOKENS
     body = check_body(given, models=(info.model,), num_ids=None, max_model_len=info.max_model_len)
     assert isinstance(body, ParsedBody)
     if stream and body.params.prompt_logprobs is not None:
         raise InvalidRequestError("prompt_logprobs comes with whole answers only; leave stream out", param="prompt_logprobs")
     principal = principal_of(request)
     salt = principal.salt_with(body.cache_salt)
-    return GenerationRequest(body, stream, usage, check_priority(given.priority), principal, salt)
+    tells_tier = given.service_tier is not None
+    prompts = prompts or [body.prompt]
+    return GenerationRequest(body, prompts, tells_tier, stream, usage, check_priority(given.priority), principal, salt)
 
 
 def _usage_wish(options: StreamOptions | None, stream: bool) -> UsageWish:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Required, TypedDict
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -25,6 +25,7 @@ __all__ = [
     "ErrorBody",
     "ErrorDetail",
     "Finish",
+    "Head",
     "Model",
     "ModelList",
     "PromptLogprob",
@@ -58,6 +59,28 @@ class PromptLogprob(msgspec.Struct, frozen=True):
     logprob: float
     rank: int | None
     decoded_token: str
+
+
+class Head(TypedDict, total=False):
+    """What an answer and all of its events begin with.
+
+    `id` and `created` (Unix time in seconds) are the same in all of them; `system_fingerprint` changes whenever equal seeds may
+    give other texts: with the model, the backend, the server's version. `service_tier` answers the request's own: there is one.
+    """
+
+    id: Required[str]
+    created: Required[int]
+    model: Required[str]
+    system_fingerprint: Required[str]
+    service_tier: Literal["default"]
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    service_tier: Literal["default"] | UnsetType = UNSET
 
 
 PromptLogprobEntries = list[dict[str, PromptLogprob] | None]
@@ -107,12 +130,9 @@ class ChatChunkChoice(msgspec.Struct, frozen=True):
     finish_reason: Finish | None = None
 
 
-class ChatChunk(msgspec.Struct, frozen=True):
+class ChatChunk(_Answer, frozen=True):
     """One event of a stream."""
 
-    id: str
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -135,12 +155,9 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: Finish
 
 
-class ChatCompletion(msgspec.Struct, frozen=True):
+class ChatCompletion(_Answer, frozen=True):
     """A whole answer."""
 
-    id: str
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: PromptLogprobEntries | UnsetType = UNSET
@@ -169,12 +186,9 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     prompt_logprobs: PromptLogprobEntries | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(_Answer, frozen=True):
     """A whole answer, or one event of a stream."""
 
-    id: str
-    created: int
-    model: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
     object: Literal["text_completion"] = "text_completion"

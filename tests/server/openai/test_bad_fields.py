@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
@@ -38,15 +39,25 @@ _OWN: Final[dict[str, list[Bad]]] = {
         Bad(({"include_usage": "yes"}, {"include_usage": 1}), param="stream_options.include_usage", beside=_STREAMED),
         Bad(({"continuous_usage_stats": 1},), param="stream_options.continuous_usage_stats", beside=_STREAMED),
     ],
+    "service_tier": [Bad(NOT_TEXT)],
     "priority": [Bad((*NOT_INTEGER, 2**31, -(2**31) - 1, *HUGE))],
     "prompt_logprobs": [Bad((0, 1), beside=_STREAMED)],
 }
+_SEVERAL: Final = (["a", "b"], [[1, 2], [3]])  # several prompts; a stream of a WebSocket has one
 _ONE_SAMPLE: Final = 2  # in the WebSocket's table `n` must agree with the ids; here it says how many there are
 
 
 def _generating(api: str) -> dict[str, list[Bad]]:
     table = {field: list(bads) for field, bads in BODIES[api].items()}
     table["n"] = [Bad(tuple(value for value in bad.values if value != _ONE_SAMPLE)) for bad in table["n"]]
+    if "prompt" in table:
+        table["prompt"] = [
+            *(replace(bad, values=tuple(value for value in bad.values if value not in _SEVERAL)) for bad in table["prompt"]),
+            Bad((["a", ""], ["a", []], [[1], []]), param="prompt[1]"),
+            Bad((["a", 1], [[1], 2])),
+            Bad((["a", "x" * CONTEXT], [[1], [1] * CONTEXT]), param="prompt[1]", code="context_length_exceeded", tokenised=True),
+            Bad(([[1], [VOCAB]],), param="prompt[1]"),
+        ]
     for field, bads in _OWN.items():
         table[field] = [*table.get(field, []), *bads]
     return table

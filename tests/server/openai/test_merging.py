@@ -14,7 +14,7 @@ from streamkv.server.openai.chat import ChatAnswer
 from streamkv.server.openai.completions import CompletionAnswer
 from streamkv.server.openai.generation import Generation, Workload
 from streamkv.server.openai.names import TokenNames
-from streamkv.server.openai.shapes import ChatChunk, Completion
+from streamkv.server.openai.shapes import ChatChunk, Completion, Head
 from streamkv.text.events import StreamEvent
 from streamkv.text.stream import PreparedPrompt, TextStream
 from tests.server.openai.dialect import known
@@ -44,7 +44,8 @@ def context(generation: Generation, echo: bool) -> AnswerContext:
     params = SamplingParams(n=2, logprobs=1, echo=echo)
     prepared = PreparedPrompt(PROMPT, Sampling(max_tokens=99), echo=TOKENIZER.decode(PROMPT) if echo else "")
     known_prompt = [known(token, 1) for token in PROMPT[1:]]
-    return AnswerContext("id", 0, "m", params, prepared, TokenNames(TOKENIZER), "last", known_prompt)
+    head = Head(id="id", created=0, model="m", system_fingerprint="fp")
+    return AnswerContext(head, params, [prepared], TokenNames(TOKENIZER), "last", [known_prompt])
 
 
 def joined(chunks: list[Any]) -> list[tuple[str, Any, list[Any]]]:
@@ -77,7 +78,8 @@ def test_however_seldom_it_is_taken(
 
     def opened() -> tuple[Generation, Answer]:
         work = Workload(None, None, lambda: None)  # type: ignore[arg-type]  # nothing is submitted
-        generation = Generation(work, "r", 2, 1 << 20, lambda _: None)
+        generation = Generation(work, "r", [PreparedPrompt(PROMPT, Sampling(max_tokens=99))], 2, 1 << 20, lambda _: None)
+        generation._next = 1  # as if its prompt had been submitted
         return generation, dialect(context(generation, echo))
 
     chunks: list[Any] = []

@@ -89,6 +89,22 @@ async def test_a_quota_of_streams_bounds_how_many_inputs_run_at_once():
         assert (tenant.streams, tenant.held) == (0, 0)
 
 
+async def test_prompts_of_a_completion_are_one_request_and_their_samples_streams():
+    async with limited(requests_per_s=1, prompt_tokens_per_s=100, streams=5) as (served, now):
+        served.engine.hold = 0
+        asking = asyncio.create_task(post(served, COMPLETIONS, {"prompt": ["abc"] * 9, "max_tokens": 1, "n": 2}))
+        await eventually(lambda: len(served.engine.live) == 4)
+        tenant = served.server.admission._tenants["t"]
+        assert (tenant.streams, tenant.held) == (4, 4), "two prompts with two samples each; a third has no room"
+        assert bucket(served, "requests")._level == 0
+        assert bucket(served, "tokens")._level == 100 - 27
+        served.engine.hold = None
+        await served.engine.release()
+        assert (await asking)[0] == 200
+        now[0] += 1.0
+        assert (await post(served, COMPLETIONS, {"prompt": ["abc"] * 2, "max_tokens": 1, "n": 6}))[0] == 429
+
+
 async def test_it_takes_what_other_streams_of_the_tenant_have_left():
     async with limited(streams=3) as (served, _):
         served.engine.hold = 0

@@ -199,8 +199,8 @@ async def test_errors_are_the_exceptions_that_the_client_knows():
             await create(model="fake", messages=HELLO, response_format={"type": "json_object"})
         with pytest.raises(openai.BadRequestError, match="tool_choice"):
             await create(model="fake", messages=HELLO, tool_choice="required")
-        with pytest.raises(openai.BadRequestError, match="a list of 2; send one prompt"):
-            await client.completions.create(model="fake", prompt=["a", "b"])
+        with pytest.raises(openai.BadRequestError, match="129 prompts; send at most 128"):
+            await client.completions.create(model="fake", prompt=["a"] * 129)
 
         async def busy(request: Any) -> None:
             raise OverloadedError("the queue is full", retry_after_s=2.1)
