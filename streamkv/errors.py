@@ -6,7 +6,7 @@ the wire protocol (docs/protocol.md), so that an error keeps its meaning from th
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 __all__ = [
     "BackendError",
@@ -59,6 +59,11 @@ class ContextLengthError(InvalidRequestError):
     """Prompt plus requested tokens do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+    @classmethod
+    def of(cls, context: int, what: str, *, param: str | None) -> Self:
+        """`what` is more than fits. It begins as OpenAI's message does, by which some clients know it (litellm)."""
+        return cls(f"this model's maximum context length is {context} tokens; {what}", param=param)
 
 
 class KVCapacityError(InvalidRequestError):

@@ -256,8 +256,9 @@ def _params(
 ) -> SamplingParams:
     params = _checked_params(body, logprobs, num_ids, echo)
     if params.max_tokens is not None and params.max_tokens >= max_model_len:
-        raise ContextLengthError(
-            f"at least one token of prompt and {params.max_tokens} to generate exceed the context of {max_model_len}",
+        raise ContextLengthError.of(
+            max_model_len,
+            f"at least one token of prompt and {params.max_tokens} to generate are more",
             param="max_tokens" if body.max_tokens is not None else "max_completion_tokens",
         )
     return params

@@ -67,7 +67,7 @@ def error_response(
     status: int, message: str, *, code: str = "invalid_request", param: str | None = None, headers: dict[str, str] | None = None
 ) -> web.Response:
     """An error in OpenAI's form; `code` is one of the protocol's."""
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
     response = web.json_response(body, status=status, headers=headers)
     response[ERROR_CODE] = code

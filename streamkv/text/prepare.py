@@ -89,9 +89,8 @@ class Preparer:
                 raise InvalidRequestError(f"{param} must be below {info.vocab_size}", param=param)
         check_processors(params.logits_processors, info)
         if params.max_tokens is not None and params.max_tokens >= info.max_model_len:
-            raise ContextLengthError(
-                f"max_tokens is {params.max_tokens}; with a prompt that exceeds the context of {info.max_model_len}",
-                param="max_tokens",
+            raise ContextLengthError.of(
+                info.max_model_len, f"a prompt and max_tokens of {params.max_tokens} are more", param="max_tokens"
             )
 
     async def _prepared(self, token_ids: list[int], params: SamplingParams, name: str) -> PreparedPrompt:
@@ -137,9 +136,9 @@ class Preparer:
         room, wanted = self._info.max_model_len - len(token_ids), params.max_tokens
         least = max(1, params.min_tokens) if wanted is None else wanted
         if room < least:
-            raise ContextLengthError(
-                f"the prompt has {len(token_ids)} tokens and max_tokens is {least}; together they exceed the context "
-                f"of {self._info.max_model_len}",
+            raise ContextLengthError.of(
+                self._info.max_model_len,
+                f"the prompt's {len(token_ids)} and {least} to generate are more; shorten the prompt or lower max_tokens",
                 param=name,
             )
         return room if wanted is None else wanted
@@ -221,9 +220,7 @@ class Preparer:
 
     def _checked(self, token_ids: list[Any], param: str) -> list[int]:
         if len(token_ids) > self._info.max_model_len:
-            raise ContextLengthError(
-                f"{param} has {len(token_ids)} tokens, more than the context of {self._info.max_model_len}", param=param
-            )
+            raise ContextLengthError.of(self._info.max_model_len, f"{param} has {len(token_ids)}", param=param)
         bound = self._info.vocab_size
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < bound:
@@ -232,9 +229,7 @@ class Preparer:
 
     def _fits(self, token_ids: list[int]) -> None:
         if len(token_ids) > self._info.max_model_len:
-            raise ContextLengthError(
-                f"the input has {len(token_ids)} tokens, more than the context of {self._info.max_model_len}", param="input"
-            )
+            raise ContextLengthError.of(self._info.max_model_len, f"the input has {len(token_ids)}", param="input")
 
     async def _run(self, function: Callable[[Any], T], argument: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, argument)

@@ -56,7 +56,7 @@ class TextTokenizer:
         self._template = template
         self._tool_template = tool_template or template
         self._special_tokens = dict(special_tokens or {})
-        self._max_bytes = None if max_tokens is None else _BYTES_PER_TOKEN * max_tokens
+        self._max_tokens = max_tokens
         added = tokenizer.get_added_tokens_decoder()
         self._special_text = SpecialText(token.content for token in added.values() if token.special)
         self._pieces = Pieces(self._control)
@@ -142,8 +142,8 @@ class TextTokenizer:
                 size += len(text.encode())
             except UnicodeEncodeError as error:
                 raise InvalidRequestError("the text holds half a surrogate pair; send valid Unicode", param=param) from error
-        if self._max_bytes is not None and size > self._max_bytes:
-            raise ContextLengthError(f"the text has {size} bytes and cannot fit the context", param=param)
+        if self._max_tokens is not None and size > _BYTES_PER_TOKEN * self._max_tokens:
+            raise ContextLengthError.of(self._max_tokens, f"a text of {size} bytes is more", param=param)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 

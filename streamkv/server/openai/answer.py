@@ -13,7 +13,7 @@ from streamkv.sampling_params import SamplingParams, TokenLogprobs
 from streamkv.server.openai.generation import Piece
 from streamkv.server.openai.names import TokenNames
 from streamkv.server.openai.requests import UsageWish
-from streamkv.server.openai.shapes import Finish, Head, PromptLogprobEntries, PromptTokensDetails, Usage
+from streamkv.server.openai.shapes import Finish, Head, PromptLogprobEntries, PromptTokensDetails, Tier, Usage
 from streamkv.text.events import Finished
 from streamkv.text.streams import PreparedPrompt
 
@@ -37,6 +37,7 @@ class AnswerContext:
     names: TokenNames
     usage: UsageWish
     prompt_logprobs: Sequence[Sequence[TokenLogprobs]]
+    service_tier: Tier = UNSET
 
     def entries_of(self, number: int) -> PromptLogprobEntries | UnsetType:
         """What the answer says of a prompt's own tokens, if that was asked for."""

@@ -50,12 +50,14 @@ class ChatAnswer:
         return None if self._context.usage == "none" else self._chunk([], self._counter.usage)
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(choices, usage or self._context.usage_of(self._counter), **self._context.head)
+        context = self._context
+        return ChatChunk(choices, usage or context.usage_of(self._counter), context.service_tier, **context.head)
 
     def whole(self, pieces: Iterable[Piece]) -> ChatCompletion:
         """All choices."""
+        context = self._context
         choices = [self._choice(piece) for piece in sorted(pieces, key=lambda piece: piece.index)]
-        return ChatCompletion(choices, self._counter.usage, self._context.entries_of(0), **self._context.head)
+        return ChatCompletion(choices, self._counter.usage, context.service_tier, context.entries_of(0), **context.head)
 
     def _choice(self, piece: Piece) -> ChatChoice:
         assert piece.finished is not None

@@ -82,9 +82,7 @@ class Generating:
         samples = body.params.n
         with self._work.generation(ident, prompts, samples, limit=limit, overflowed=overflowed) as generation:
             head = Head(id=ident, created=int(time.time()), model=streams.info.model, system_fingerprint=self._fingerprint)
-            if wish.tells_tier:
-                head["service_tier"] = "default"
-            context = AnswerContext(head, body.params, prompts, self._names, wish.usage, generation.prompt_logprobs)
+            context = AnswerContext(head, body.params, prompts, self._names, wish.usage, generation.prompt_logprobs, wish.tier)
             await generation.open(wish.principal, priority=wish.priority, salt=wish.salt)
             tokens = sum(len(prepared.token_ids) for prepared in prompts)
             log.info("request_opened", rid=rid, id=ident, prompts=len(prompts), samples=samples, prompt_tokens=tokens)

@@ -8,11 +8,13 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from streamkv.engine.api import EngineInfo
 from streamkv.errors import InvalidRequestError
 from streamkv.protocol.bodies import ParsedBody, check_body, decode_body, prompts_of
 from streamkv.protocol.body_structs import ChatBody, CompletionBody, EmbeddingBody
+from streamkv.server.openai.shapes import Tier
 from streamkv.server.principal import Principal, principal_of
 from streamkv.text.prepare import Prompt
 
@@ -60,7 +62,6 @@ class CompletionRequest(CompletionBody, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = None
-    service_tier: str | None = None
 
 
 class EmbeddingRequest(EmbeddingBody, kw_only=True):
@@ -78,12 +79,12 @@ class GenerationRequest:
 
     Attributes:
         prompts: of a chat, its one conversation.
-        tells_tier: the answer says how it was served.
+        tier: what the answer says of it.
     """
 
     body: ParsedBody
     prompts: Sequence[Prompt]
-    tells_tier: bool
+    tier: Tier
     stream: bool
     usage: UsageWish
     priority: int
@@ -124,9 +125,9 @@ def check_generation(
         raise InvalidRequestError("prompt_logprobs comes with whole answers only; leave stream out", param="prompt_logprobs")
     principal = principal_of(request)
     salt = principal.salt_with(body.cache_salt)
-    tells_tier = given.service_tier is not None
+    tier: Tier = "default" if isinstance(given, ChatCompletionRequest) and given.service_tier is not None else UNSET
     prompts = prompts or [body.prompt]
-    return GenerationRequest(body, prompts, tells_tier, stream, usage, check_priority(given.priority), principal, salt)
+    return GenerationRequest(body, prompts, tier, stream, usage, check_priority(given.priority), principal, salt)
 
 
 def _usage_wish(options: StreamOptions | None, stream: bool) -> UsageWish:

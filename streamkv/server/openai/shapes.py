@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Required, TypedDict
+from typing import Literal, TypedDict
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -31,6 +31,7 @@ __all__ = [
     "PromptLogprob",
     "PromptLogprobEntries",
     "PromptTokensDetails",
+    "Tier",
     "TopLogprob",
     "Usage",
 ]
@@ -61,18 +62,17 @@ class PromptLogprob(msgspec.Struct, frozen=True):
     decoded_token: str
 
 
-class Head(TypedDict, total=False):
-    """What an answer and all of its events begin with.
+class Head(TypedDict):
+    """What an answer and all of its events have in common.
 
-    `id` and `created` (Unix time in seconds) are the same in all of them; `system_fingerprint` changes whenever equal seeds may
-    give other texts: with the model, the backend, the server's version. `service_tier` answers the request's own: there is one.
+    `created` is Unix time in seconds. `system_fingerprint` changes whenever equal seeds may give other texts: with the weights,
+    the backend, the server's version.
     """
 
-    id: Required[str]
-    created: Required[int]
-    model: Required[str]
-    system_fingerprint: Required[str]
-    service_tier: Literal["default"]
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +80,10 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
-    service_tier: Literal["default"] | UnsetType = UNSET
+
+
+Tier = Literal["default"] | UnsetType
+"""The only one; told to who has sent a `service_tier`."""
 
 
 PromptLogprobEntries = list[dict[str, PromptLogprob] | None]
@@ -135,6 +138,7 @@ class ChatChunk(_Answer, frozen=True):
 
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    service_tier: Tier = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -160,6 +164,7 @@ class ChatCompletion(_Answer, frozen=True):
 
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: Tier = UNSET
     prompt_logprobs: PromptLogprobEntries | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 

@@ -131,6 +131,6 @@ class Tokenizing:
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         info = self._info
         if len(token_ids) > info.max_model_len:
-            raise ContextLengthError(f"tokens are more than the context of {info.max_model_len}", param="tokens")
+            raise ContextLengthError.of(info.max_model_len, f"these are {len(token_ids)}", param="tokens")
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < info.vocab_size:
             raise InvalidRequestError(f"every token id must be an integer from 0 to {info.vocab_size - 1}", param="tokens")

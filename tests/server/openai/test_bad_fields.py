@@ -39,7 +39,6 @@ _OWN: Final[dict[str, list[Bad]]] = {
         Bad(({"include_usage": "yes"}, {"include_usage": 1}), param="stream_options.include_usage", beside=_STREAMED),
         Bad(({"continuous_usage_stats": 1},), param="stream_options.continuous_usage_stats", beside=_STREAMED),
     ],
-    "service_tier": [Bad(NOT_TEXT)],
     "priority": [Bad((*NOT_INTEGER, 2**31, -(2**31) - 1, *HUGE))],
     "prompt_logprobs": [Bad((0, 1), beside=_STREAMED)],
 }
@@ -58,6 +57,8 @@ def _generating(api: str) -> dict[str, list[Bad]]:
             Bad((["a", "x" * CONTEXT], [[1], [1] * CONTEXT]), param="prompt[1]", code="context_length_exceeded", tokenised=True),
             Bad(([[1], [VOCAB]],), param="prompt[1]"),
         ]
+    if api == "chat":
+        table["service_tier"] = [Bad(NOT_TEXT)]
     for field, bads in _OWN.items():
         table[field] = [*table.get(field, []), *bads]
     return table
