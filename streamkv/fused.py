@@ -12,9 +12,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-__all__ = ["Activation", "FusedOps"]
+__all__ = ["Activation", "FusedOps", "Quantization"]
 
 Activation = Literal["silu", "gelu_tanh"]
+Quantization = Literal["int8", "int4"]
 
 
 class FusedOps(Protocol):
@@ -23,8 +24,12 @@ class FusedOps(Protocol):
     dtype: torch.dtype
     """The only one that they compute in."""
 
-    def linear(self, linear: nn.Linear) -> nn.Module | None:
-        """The layer with its weight laid out for the backend, [..., in] -> [..., out]; None if torch's own is better."""
+    def linear(self, linear: nn.Linear, quantization: Quantization | None) -> nn.Module | None:
+        """The layer with its weight laid out for the backend, [..., in] -> [..., out]; None if torch's own is better.
+
+        Args:
+            quantization: how the weight is rounded; None = not at all.
+        """
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float, round_first: bool) -> torch.Tensor:
         """Give x / sqrt(mean(x²) + eps) · (weight + offset) over the last dimension, a multiple of 16 (arXiv 1910.07467).

@@ -29,6 +29,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default=defaults.device, help="torch device (default: what the backend wants)")
     group.add_argument("--dtype", default=defaults.dtype, choices=["auto", "float32", "bfloat16", "float16"])
     group.add_argument(
+        "--quantization", default=defaults.quantization, choices=["int8", "int4"], help="of the weights (default: none)"
+    )
+    group.add_argument(
         "--load-format", default=defaults.load_format, choices=["safetensors", "dummy"], help="dummy = random weights"
     )
     group.add_argument("--block-size", type=int, default=defaults.block_size, help="tokens per KV block (%(default)s)")

@@ -131,6 +131,7 @@ def _load(config: EngineConfig) -> _Parts:
         max_model_len=config.max_model_len,
         seed=config.seed,
         ops=backend.ops,
+        quantization=config.quantization,
     )
     max_model_len = config.max_model_len or model.max_model_len
     if max_model_len > model.max_model_len:

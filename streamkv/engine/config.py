@@ -24,6 +24,7 @@ class EngineConfig:
         backend: `auto`, `torch`, `cuda`, the name of an entry point, or `package.module:Class`.
         device: torch device; `auto` = what the backend wants.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        quantization: of linear layers: `int8` (a scale for each output channel), `int4` (for each 32 inputs of one), or None.
         load_format: `safetensors`, or `dummy` for random weights.
         block_size: tokens per KV block.
         num_blocks: size of the pool; None = from `kv_cache_memory`.
@@ -49,6 +50,7 @@ class EngineConfig:
     backend: str = "auto"
     device: str = "auto"
     dtype: str = "auto"
+    quantization: Literal["int8", "int4"] | None = None
     load_format: Literal["safetensors", "dummy"] = "safetensors"
     block_size: int = 16
     num_blocks: int | None = None
@@ -77,6 +79,8 @@ class EngineConfig:
             raise ConfigError("give num_blocks or kv_cache_memory, not both", param="num_blocks")
         if self.revision is not None and self.model is None:
             raise ConfigError("revision needs a model of the hub", param="revision")
+        if self.quantization not in (None, "int8", "int4"):
+            raise ConfigError("quantization must be int8 or int4, or not be given", param="quantization")
         if self.speculation not in ("off", "ngram"):
             raise ConfigError("speculation must be off or ngram", param="speculation")
         if not 0.0 < self.memory_fraction <= 0.95:

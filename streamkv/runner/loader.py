@@ -24,11 +24,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging as transformers_logging
 
 from streamkv.attention import LayerSpec
-from streamkv.errors import ModelLoadError
-from streamkv.fused import FusedOps
+from streamkv.errors import ConfigError, ModelLoadError
+from streamkv.fused import FusedOps, Quantization
 from streamkv.runner.architecture import attention_implementation, check_architecture, max_positions, pin_rope, probe_layers
 from streamkv.runner.folder import ModelFolder, check_folder
 from streamkv.runner.hook import register
+from streamkv.runner.no_compiler import without_compiler
 from streamkv.runner.packed_linear import pack_linear
 from streamkv.runner.rewrite import rewrite
 from streamkv.runner.weights import MappedWeights
@@ -79,6 +80,7 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     ops: FusedOps | None = None,
+    quantization: Quantization | None = None,
 ) -> LoadedModel:
     """Load a folder in Hugging Face's layout.
 
@@ -88,9 +90,11 @@ def load_model(
         max_model_len: most tokens of a request, which rope tables are fixed for; None = what the model was made for.
         seed: of the random weights of `dummy`.
         ops: fused functions of the backend that will attend.
+        quantization: of the weights of linear layers, by `ops`.
 
     Raises:
         ModelLoadError: one sentence what is wrong with the folder.
+        ConfigError: the backend cannot compute with weights that are quantised like that.
     """
     began = time.monotonic()
     folder = check_folder(path, weights=load_format == "safetensors")
@@ -108,7 +112,9 @@ def load_model(
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     count = sum(parameter.numel() for parameter in module.parameters())
     fused = ops if ops is not None and ops.dtype is torch_dtype else None
-    rewritten = _rewrite(module, weights, fused)  # last: it takes the plain weights away
+    if quantization is not None and fused is None:
+        raise ConfigError(f"quantization {quantization} needs the cpu backend and --dtype bfloat16", param="quantization")
+    rewritten = _rewrite(module, weights, fused, quantization)  # last: it takes the plain weights away
     model = LoadedModel(
         module=module,
         layers=layers,
@@ -117,7 +123,7 @@ def load_model(
         max_model_len=max_positions(config),
         vocab_size=vocab_size,
         eos_token_ids=_eos_ids(folder, config),
-        fingerprint=_fingerprint(folder, torch_dtype, seed if load_format == "dummy" else None),
+        fingerprint=_fingerprint(folder, f"{torch_dtype} {quantization}", seed if load_format == "dummy" else None),
         mapped_bytes=weights.mapped_bytes,
     )
     log.info(
@@ -173,21 +179,25 @@ def _from_weights(folder: ModelFolder, weights: MappedWeights, config: Pretraine
     Raises:
         ModelLoadError: tensors are missing, left over or of another shape.
     """
+
+    def make() -> Any:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None,  # no folder: neither adapters nor other files that it would look for there
+            config=config,
+            state_dict=weights.state_dict(),
+            dtype=dtype,
+            attn_implementation=attention_implementation(config),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
+        )
+
     weights.read_through()
     try:
         with _in_this_thread():
-            module, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None,  # no folder: neither adapters nor other files that it would look for there
-                config=config,
-                state_dict=weights.state_dict(),
-                dtype=dtype,
-                attn_implementation=attention_implementation(config),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # they are in the report
-                output_loading_info=True,
-            )
+            module, report = without_compiler(make)
     except Exception as error:  # transformers and torch raise kinds of their own
         if weights.refused is not None:
             raise weights.refused from error
@@ -225,12 +235,14 @@ def _check_report(report: dict[str, Any], path: Path) -> None:
         )
 
 
-def _rewrite(module: nn.Module, weights: MappedWeights, ops: FusedOps | None) -> Counter[str]:
+def _rewrite(
+    module: nn.Module, weights: MappedWeights, ops: FusedOps | None, quantization: Quantization | None
+) -> Counter[str]:
     """Make the module fast; see `streamkv.runner.rewrite`."""
     weights.untouch()  # the probe read everything
 
     def pack(linear: nn.Linear) -> nn.Module | None:
-        packed = (ops.linear(linear) if ops is not None else None) or pack_linear(linear)
+        packed = (ops.linear(linear, quantization) if ops is not None else None) or pack_linear(linear)
         weights.untouch()  # what was read for it
         return packed
 
@@ -252,7 +264,7 @@ def _eos_ids(folder: ModelFolder, config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(value if isinstance(value, list) else [] if value is None else [value])
 
 
-def _fingerprint(folder: ModelFolder, dtype: torch.dtype, seed: int | None) -> str:
+def _fingerprint(folder: ModelFolder, dtype: str, seed: int | None) -> str:
     """Identify the weights without reading gigabytes: configuration, and every file's header, size and name."""
     digest = hashlib.sha256(f"{dtype} {seed}".encode())
     digest.update((folder.path / "config.json").read_bytes())

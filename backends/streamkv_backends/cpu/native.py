@@ -16,7 +16,22 @@ import torch  # noqa: F401  # see above: before the library
 from streamkv.errors import BackendError
 from streamkv_backends.cpu.build import detect, find_or_build
 
-__all__ = ["Add", "Argmax", "Attend", "Call", "Gate", "Norm", "Op", "Rotate", "Shape", "Step", "library", "load"]
+__all__ = [
+    "Add",
+    "Argmax",
+    "Attend",
+    "Call",
+    "Gate",
+    "Linear",
+    "Norm",
+    "Op",
+    "Rotate",
+    "Shape",
+    "Step",
+    "Weight",
+    "library",
+    "load",
+]
 
 
 class Step(ctypes.Structure):
@@ -102,6 +117,30 @@ class Argmax(ctypes.Structure):
     ]
 
 
+class Weight(ctypes.Structure):
+    """A packed weight (`team.h`)."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("data", "scale", "bias")),
+        *((name, c_int32) for name in ("n", "k", "format")),
+    ]
+
+
+class Linear(ctypes.Structure):
+    """A product with a packed weight (`run.cpp`)."""
+
+    _fields_: ClassVar = [
+        ("weight", c_void_p),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("m", c_int32),
+        ("flags", c_int32),
+        ("scratch", c_void_p),
+    ]
+
+
 class Attend(ctypes.Structure):
     """An attention layer in a recorded step (`run.cpp`)."""
 
@@ -120,6 +159,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "skv_plan_kinds": (None, (c_void_p, c_void_p)),
     "skv_attend": (None, (c_void_p, c_void_p)),
     **{f"skv_{name}": (None, (c_void_p,)) for name in ("norm", "gate", "add", "rotate", "argmax")},
+    "skv_linear_scratch": (c_int64, (c_void_p, c_int32)),
+    "skv_linear_call": (None, (c_void_p,)),
     "skv_run": (None, (c_void_p, c_int32, c_void_p, c_void_p)),
 }
 

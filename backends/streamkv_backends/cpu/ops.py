@@ -12,7 +12,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from streamkv_backends.cpu.native import Argmax, Gate, Norm, Rotate
+from streamkv.fused import Quantization
+from streamkv_backends.cpu.linear import NativeLinear
+from streamkv_backends.cpu.native import Argmax, Gate, Linear, Norm, Rotate
 from streamkv_backends.cpu.tape import NotRecordableError, Recorded, Tape, Watch
 
 __all__ = ["CpuOps"]
@@ -89,9 +91,16 @@ class CpuOps:
         self._native.skv_argmax(byref(call))
         return index, finite
 
-    def linear(self, linear: nn.Linear) -> nn.Module | None:
-        """The same layer with its weight laid out for the kernels; None if it cannot be."""
-        return None
+    def linear(self, linear: nn.Linear, quantization: Quantization | None) -> nn.Module | None:
+        """The same layer with its weight laid out for the kernels."""
+        return NativeLinear(linear, self, quantization) if linear.weight.dtype is self.dtype else None
+
+    def run_linear(self, call: Linear) -> None:
+        """Carry out a product; its scratch comes from where results do."""
+        scratch = self.empty((self._native.skv_linear_scratch(call.weight, call.m),), torch.uint8)
+        call.scratch = scratch.data_ptr()
+        self._native.skv_linear_call(byref(call))
+        self.note("linear", call)
 
     def record(
         self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]

@@ -31,6 +31,16 @@ struct Op {
 
 extern "C" {
 
+// Bytes that LINEAR needs in `scratch`, for as many threads as there are now.
+int64_t skv_linear_scratch(const skv::Weight* weight, int32_t m) {
+  return (int64_t)skv::linear_scratch(*weight, m, omp_get_max_threads());
+}
+
+void skv_linear_call(const skv::Linear* l) {
+#pragma omp parallel
+  skv::linear_team(*l->weight, l->x, l->x_stride, l->y, l->y_stride, l->m, l->flags, l->scratch);
+}
+
 // plans: one for each shape of attention layers. Every operation ends with a barrier, so the next one sees what it wrote.
 // seconds: null, or where the time of each kind of operation is added up.
 void skv_run(const skv::Op* ops, int32_t count, skv::Plan* const* plans, double* seconds) {
