@@ -23,6 +23,9 @@ from streamkv.sampling_params import MAX_LOGPROBS, POOLINGS, Pooling, SamplingPa
 
 __all__ = [
     "APIS",
+    "MAX_MESSAGES",
+    "MAX_SALT_CHARS",
+    "ROLES",
     "Body",
     "Parsed",
     "ParsedBody",
@@ -35,9 +38,9 @@ __all__ = [
     "validation_error",
 ]
 
-_ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
-_MAX_SALT_CHARS: Final = 256
-_MAX_MESSAGES: Final = 1024
+ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool"})
+MAX_SALT_CHARS: Final = 256
+MAX_MESSAGES: Final = 1024
 _MAX_ERROR_CHARS: Final = 200
 
 T = TypeVar("T")
@@ -169,8 +172,8 @@ def check_body(body: Body, *, models: Sequence[str], num_ids: int | None, max_mo
 
 def _salt(body: GenerationBody) -> str | None:
     """Divides a tenant's own part of the prefix cache further."""
-    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= _MAX_SALT_CHARS:
-        raise InvalidRequestError(f"cache_salt must be a string of 1 to {_MAX_SALT_CHARS} characters", param="cache_salt")
+    if body.cache_salt is not None and not 1 <= len(body.cache_salt) <= MAX_SALT_CHARS:
+        raise InvalidRequestError(f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters", param="cache_salt")
     return body.cache_salt
 
 
@@ -235,11 +238,11 @@ def _inputs(given: str | list[Any], num_ids: int | None) -> tuple[Input, ...]:
 
 
 def _messages(body: ChatBody) -> list[dict[str, Any]]:
-    if not 1 <= len(body.messages) <= _MAX_MESSAGES:
-        raise InvalidRequestError(f"messages must hold 1 to {_MAX_MESSAGES} messages", param="messages")
+    if not 1 <= len(body.messages) <= MAX_MESSAGES:
+        raise InvalidRequestError(f"messages must hold 1 to {MAX_MESSAGES} messages", param="messages")
     for index, message in enumerate(body.messages):
-        if message.role not in _ROLES:
-            raise InvalidRequestError(f"role must be one of {', '.join(sorted(_ROLES))}", param=f"messages[{index}].role")
+        if message.role not in ROLES:
+            raise InvalidRequestError(f"role must be one of {', '.join(sorted(ROLES))}", param=f"messages[{index}].role")
     return [message.plain() for message in body.messages]
 
 

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
+from aiohttp.test_utils import make_mocked_request
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
+from streamkv.engine.fake import fake_info
+from streamkv.errors import InvalidRequestError
+from streamkv.protocol.bodies import check_body, decode_body
 from streamkv.server.openai.openapi import document
+from streamkv.server.openai.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    check_generation,
+    check_priority,
+)
+from streamkv.server.principal import ANONYMOUS, set_principal
+from tests.server.bad_values import encoded_fields
 from tests.server.openai.dialect import CHAT, COMPLETIONS, EMBEDDINGS, HELLO, door, door_of, get, post, stream
 
 
@@ -79,3 +93,93 @@ def test_the_description_is_not_so_wide_that_it_says_nothing():
     assert not check.is_valid({"messages": [{"content": "a"}]})
     answer = validator(described, schema_of(described, "post", CHAT))
     assert not answer.is_valid({"id": "x", "choices": []})
+
+
+# -- value by value ----------------------------------------------------------------------------------------------------
+
+NUMBERS = [
+    *(0, -1, 1, 2, 5, 16, 17, 20, 21, 300, 2**24, 2**24 + 1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1, 2**63),
+    *(0.5, 0.999, 1.001, 1.5, -0.1, -2.1, 2.1, 10.5, 99.5, 100.5, 1e300),
+]
+TEXTS = ["", "a", "x" * 64, "x" * 65, "x" * 256, "x" * 257, "auto", "none", "medium", "mean", "last", "base64", "user", "tool"]
+LISTS = [
+    *([], [0], [-1], [2**31], ["a"], [""], ["x" * 64], ["x" * 65], [[1]], [["a"]], [None], [1.5], [True], ["text"], [{}]),
+    *([0] * count for count in (16, 17, 128, 129, 1024, 1025)),
+    *(["a"] * count for count in (4, 5, 128, 129)),
+]
+OBJECTS = [
+    *(
+        {},
+        {"5": 1},
+        {"5": 100.5},
+        {"5": -101},
+        {"5": "a"},
+        {"a": 1},
+        {"-5": 1},
+        {"05": 1},
+        {"type": "text"},
+        {"type": "json_object"},
+    ),
+    *({str(number): 1 for number in range(count)} for count in (8, 9, 300, 301)),
+]
+VALUES: list[Any] = [None, True, False, *NUMBERS, *TEXTS, *LISTS, *OBJECTS]
+BESIDE: dict[str, dict[str, Any]] = {
+    "top_logprobs": {"logprobs": True},
+    "max_tokens": {"prompt_logprobs": 0},
+    "max_completion_tokens": {"prompt_logprobs": 0},
+    "min_tokens": {"max_tokens": 2**24},
+    "stream_options": {"stream": True},
+}
+"""What a field needs beside it: a schema does not know of that."""
+UNSAID = {"model", "dimensions"}
+"""Fields whose values depend on the model."""
+INFO = fake_info(vocab_size=2**31, max_model_len=2**40, embedding_dim=8)
+
+
+def takes(kind: type[Any], body: dict[str, Any]) -> bool:
+    """Whether the door does, as far as it can tell without a tokenizer."""
+    request = make_mocked_request("POST", "/")
+    set_principal(request, ANONYMOUS)
+    try:
+        given = decode_body(msgspec.json.encode(body), kind)
+        if kind is EmbeddingRequest:
+            check_priority(given.priority)
+            check_body(given, models=(INFO.model,), num_ids=None, max_model_len=INFO.max_model_len)
+        else:
+            check_generation(request, given, INFO)
+    except InvalidRequestError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("kind", "valid"),
+    [
+        (ChatCompletionRequest, {"messages": HELLO}),
+        (CompletionRequest, {"prompt": "a"}),
+        (EmbeddingRequest, {"input": "a"}),
+    ],
+)
+def test_the_schema_takes_what_the_door_takes(kind: type[Any], valid: dict[str, Any]):
+    described = document()
+    properties = described["components"]["schemas"][kind.__name__]["properties"]
+    assert validator(described, {"$ref": f"#/components/schemas/{kind.__name__}"}).is_valid(valid)
+    assert takes(kind, valid)
+    seen = set()
+    for name in encoded_fields(kind):
+        if name in UNSAID:
+            continue
+        schema = validator(described, properties[name])
+        for value in VALUES:
+            body = valid | BESIDE.get(name, {}) | {name: value}
+            taken = takes(kind, body)
+            assert schema.is_valid(value) == taken, f"{name}={str(value)[:60]!r} is {'taken' if taken else 'refused'}"
+            seen.add((name, taken))
+    assert {name for name, taken in seen if taken} >= set(encoded_fields(kind)) - UNSAID - {"messages"}
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool", "function", "root", "", None, 5])
+def test_the_schema_knows_the_roles(role: Any):
+    body = {"messages": [{"role": role, "content": "a"}]}
+    schema = validator(document(), {"$ref": "#/components/schemas/ChatCompletionRequest"})
+    assert schema.is_valid(body) == takes(ChatCompletionRequest, body)
