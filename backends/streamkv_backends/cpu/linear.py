@@ -8,6 +8,7 @@ int4    a scale and a zero point for each 32 inputs of a channel: 4.5 bits a wei
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -22,28 +23,53 @@ __all__ = ["NativeLinear", "dequantize", "pack"]
 _PANEL: Final = 64  # output channels
 _STEP: Final = 32  # inputs; also an int4 group
 _FORMATS: Final[dict[Quantization | None, int]] = {None: 0, "int8": 1, "int4": 2}
+_STEP_BYTES: Final[dict[Quantization | None, int]] = {None: 4096, "int8": 2048, "int4": 1152}  # 32 inputs of a panel
+_AT_ONCE: Final = 16 * _PANEL
 _ROTATION: Final = 7
 _LARGEST: Final = 1.875  # of the relative scales of int4: 1.111 in binary
 
 
 def pack(weight: torch.Tensor, quantization: Quantization | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(what the kernels read, scale of each output channel or None) of a weight [out_features, in_features]."""
+    """(what the kernels read, scale of each output channel or None) of a weight [out_features, in_features].
+
+    Some panels at a time: beside the weight and the result there is never a third copy of all of it.
+    """
     channels, inputs = weight.shape
-    padded = weight.new_zeros((-(-channels // _PANEL) * _PANEL, -(-inputs // _STEP) * _STEP))
-    padded[:channels, :inputs] = weight
-    if quantization is None:
-        return _panels(padded.bfloat16(), 2).contiguous(), None
-    if quantization == "int8":
-        values, scale = _int8(padded.float())
-        words = _rotated(_panels(values, 4).contiguous().numpy().view("<u4"))
-        return torch.from_numpy(words.view(np.uint8)), scale
+    size = -(-inputs // _STEP) * _STEP_BYTES[quantization]  # of a panel
+    packed = torch.empty((-(-channels // _PANEL), size), dtype=torch.uint8)
+    scales: list[torch.Tensor] = []
+    for first in range(0, channels, _AT_ONCE):
+        some = weight[first : first + _AT_ONCE]
+        padded = weight.new_zeros((-(-len(some) // _PANEL) * _PANEL, -(-inputs // _STEP) * _STEP))
+        padded[: len(some), :inputs] = some
+        panels, scale = _PACKERS[quantization](padded)
+        packed[first // _PANEL : first // _PANEL + len(panels)] = panels.view(len(panels), -1)
+        scales += [] if scale is None else [scale]
+    return packed, torch.cat(scales) if scales else None
+
+
+def _pack_bf16(padded: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return _panels(padded.bfloat16(), 2).contiguous().view(torch.uint8), None
+
+
+def _pack_int8(padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, scale = _int8(padded.float())
+    return _words(values), scale
+
+
+def _pack_int4(padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values, scales, zeros, scale = _int4(padded.float())
     nibbles = values.view(*values.shape[:-1], -1, 2)
-    words = _rotated(_panels(nibbles[..., 0] | nibbles[..., 1] << 4, 4).contiguous().numpy().view("<u4"))
     panels, groups = len(padded) // _PANEL, padded.shape[1] // _STEP
     head = torch.stack([_by_panel(scales), _by_panel(zeros)], dim=2).flatten(2)  # [panels, groups, 128]
-    body = torch.from_numpy(words.view(np.uint8)).view(panels, groups, -1)
-    return torch.cat([head, body], dim=2).contiguous(), scale
+    body = _words(nibbles[..., 0] | nibbles[..., 1] << 4).view(panels, groups, -1)
+    return torch.cat([head, body], dim=2), scale
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    """Bytes [n, k] as words of four, panel by panel, rotated for the kernels."""
+    words = _panels(values, 4).contiguous().numpy().view("<u4")
+    return torch.from_numpy(((words << np.uint32(_ROTATION)) | (words >> np.uint32(32 - _ROTATION))).view(np.uint8))
 
 
 def dequantize(weight: torch.Tensor, quantization: Quantization) -> torch.Tensor:
@@ -67,10 +93,6 @@ def _panels(values: torch.Tensor, width: int) -> torch.Tensor:
 def _by_panel(values: torch.Tensor) -> torch.Tensor:
     """[n, groups] -> [n / 64, groups, 64]."""
     return values.view(-1, _PANEL, values.shape[1]).transpose(1, 2)
-
-
-def _rotated(words: Any) -> Any:
-    return (words << np.uint32(_ROTATION)) | (words >> np.uint32(32 - _ROTATION))
 
 
 def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,6 +124,13 @@ def _coded(scales: torch.Tensor) -> torch.Tensor:
 def _decoded(codes: torch.Tensor) -> torch.Tensor:
     code = codes.int()
     return torch.ldexp(1 + (code & 7).float() / 8, (code >> 3) - 31)
+
+
+_PACKERS: Final[dict[Quantization | None, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]]] = {
+    None: _pack_bf16,
+    "int8": _pack_int8,
+    "int4": _pack_int4,
+}
 
 
 class NativeLinear(nn.Module):
