@@ -6,7 +6,7 @@ declared all the same, so that it is refused and not silently ignored: see `REFU
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -26,9 +26,10 @@ Input = str | list[int]
 """A text, or token ids."""
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct):
     """A part of a message's content. There are no other kinds here."""
 
+    type: Literal["text"]
     text: str
 
 

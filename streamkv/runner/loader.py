@@ -235,9 +235,7 @@ def _check_report(report: dict[str, Any], path: Path) -> None:
         )
 
 
-def _rewrite(
-    module: nn.Module, weights: MappedWeights, ops: FusedOps | None, quantization: Quantization | None
-) -> Counter[str]:
+def _rewrite(module: nn.Module, weights: MappedWeights, ops: FusedOps | None, quantization: Quantization | None) -> Counter[str]:
     """Make the module fast; see `streamkv.runner.rewrite`."""
     weights.untouch()  # the probe read everything
 

@@ -188,7 +188,7 @@ CHAT: Final[dict[str, list[Bad]]] = (
         ],
         "messages[].content[].type": [
             Bad(
-                tuple(_user([{"type": kind, "text": "a"}]) for kind in (5, None, "image_url", LONG)),
+                (*(_user([{"type": kind, "text": "a"}]) for kind in (5, None, "image_url", LONG)), _user([{"text": "a"}])),
                 param="body.messages[0].content[0].type",
             ),
         ],

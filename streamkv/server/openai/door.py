@@ -161,7 +161,7 @@ class OpenAIDoor:
         return json_response(model(self._info, self._created, request.match_info["model"]))
 
     async def _openapi(self, _request: web.Request) -> web.StreamResponse:
-        return web.Response(body=msgspec.json.encode(document()), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(document(needs_key=self._config.has_keys)), content_type="application/json")
 
     # -- shutdown -------------------------------------------------------------------------------------------------
 

@@ -103,8 +103,8 @@ _ID_HEADER: Final = {
 
 
 @cache
-def document() -> dict[str, Any]:
-    """An OpenAPI 3.1 document."""
+def document(*, needs_key: bool) -> dict[str, Any]:
+    """An OpenAPI 3.1 document of a server that asks for keys, or does not."""
     structs = {struct for operation in _OPERATIONS.values() for struct in operation[1:] if struct is not None}
     named = sorted(structs | {shapes.ErrorBody}, key=lambda struct: struct.__name__)
     _, schemas = msgspec.json.schema_components(named, ref_template="#/components/schemas/{name}")
@@ -116,7 +116,7 @@ def document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "StreamKV", "version": __version__, "description": "OpenAI's dialect; docs/openai.md has the details."},
-        "security": [{"key": []}],
+        "security": [{"key": []}] if needs_key else [],
         "paths": paths,
         "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }

@@ -37,10 +37,19 @@ def schema_of(document: dict[str, Any], method: str, path: str, status: str = "2
 async def test_the_document_is_valid_and_names_every_route():
     async with door() as served:
         _, served_document, _ = await get(served, "/openapi.json")
-        assert served_document == document()
+        assert served_document == document(needs_key=False)
         OpenAPIV31SpecValidator(served_document).validate()
+        assert served_document["security"] == []
         named = {(method.upper(), path) for path, item in served_document["paths"].items() for method in item}
         assert named == {(route.method, route.path.replace(":.+}", "}")) for route in door_of(served).routes()}
+
+
+async def test_it_says_whether_a_key_is_needed():
+    async with door(api_key="sk-0123456789abcdef") as served:
+        assert (await get(served, "/openapi.json"))[0] == 401
+        _, described, _ = await get(served, "/openapi.json", Authorization="Bearer sk-0123456789abcdef")
+        OpenAPIV31SpecValidator(described).validate()
+        assert described["security"] == [{"key": []}]
 
 
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
@@ -58,7 +67,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "body"), REQUESTS, ids=lambda value: value if isinstance(value, str) else "")
 async def test_requests_and_answers_are_as_described(path: str, body: dict[str, Any]):
-    described = document()
+    described = document(needs_key=False)
     async with door() as served:
         request = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         validator(described, request).validate(body)
@@ -76,7 +85,7 @@ async def test_requests_and_answers_are_as_described(path: str, body: dict[str, 
 
 
 async def test_models_are_as_described():
-    described = document()
+    described = document(needs_key=False)
     async with door() as served:
         for asked, path in (("/v1/models", "/v1/models"), ("/v1/models/fake", "/v1/models/{model}")):
             status, answer, _ = await get(served, asked)
@@ -85,7 +94,7 @@ async def test_models_are_as_described():
 
 
 def test_the_description_is_not_so_wide_that_it_says_nothing():
-    described = document()
+    described = document(needs_key=False)
     chat = described["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     check = validator(described, chat)
     assert not check.is_valid({})
@@ -161,7 +170,7 @@ def takes(kind: type[Any], body: dict[str, Any]) -> bool:
     ],
 )
 def test_the_schema_takes_what_the_door_takes(kind: type[Any], valid: dict[str, Any]):
-    described = document()
+    described = document(needs_key=False)
     properties = described["components"]["schemas"][kind.__name__]["properties"]
     assert validator(described, {"$ref": f"#/components/schemas/{kind.__name__}"}).is_valid(valid)
     assert takes(kind, valid)
@@ -181,5 +190,5 @@ def test_the_schema_takes_what_the_door_takes(kind: type[Any], valid: dict[str, 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant", "tool", "function", "root", "", None, 5])
 def test_the_schema_knows_the_roles(role: Any):
     body = {"messages": [{"role": role, "content": "a"}]}
-    schema = validator(document(), {"$ref": "#/components/schemas/ChatCompletionRequest"})
+    schema = validator(document(needs_key=False), {"$ref": "#/components/schemas/ChatCompletionRequest"})
     assert schema.is_valid(body) == takes(ChatCompletionRequest, body)
