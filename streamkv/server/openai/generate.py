@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -15,9 +16,10 @@ from aiohttp import web
 from streamkv import __version__
 from streamkv.engine.api import EngineInfo
 from streamkv.errors import InvalidRequestError, StreamKVError
+from streamkv.sampling_params import TokenLogprobs
 from streamkv.server.guard import error_of
 from streamkv.server.openai.answer import Answer, AnswerContext
-from streamkv.server.openai.generation import Generation, Workload
+from streamkv.server.openai.generation import Generation, Piece, Workload
 from streamkv.server.openai.names import TokenNames
 from streamkv.server.openai.prompts import prepare_each
 from streamkv.server.openai.requests import GenerationRequest
@@ -31,6 +33,8 @@ __all__ = ["Generating", "json_response"]
 
 MAX_ANSWER: Final = 16 * 2**20
 """Bytes of one whole answer, each log-probability counted as 24, that may wait for its end."""
+_MANY: Final = 256
+"""Tokens whose log-probabilities are written in a millisecond or two, with 20 alternatives each."""
 
 log = structlog.get_logger(__name__)
 _encode = msgspec.json.Encoder().encode
@@ -70,7 +74,8 @@ class Generating:
         rid, body, streams = request_id(request), wish.body, self._work.streams
         prepare = partial(streams.prepare, params=body.params, is_chat=body.is_chat, tools=body.tools)
         prompts = await prepare_each("prompt", wish.prompts, prepare)
-        check_report(*prompts)
+        # Each choice of a completion shows its prompt's log-probabilities.
+        check_report(*prompts, times=1 if body.is_chat else body.params.n)
         limit = self._max_waiting if wish.stream else MAX_ANSWER
 
         def overflowed(generation: Generation) -> None:
@@ -94,7 +99,7 @@ class Generating:
                 raise generation.failure
             for piece in pieces:
                 _log_end(rid, ident, piece.finished)
-            return json_response(dialect(context).whole(pieces))
+            return await _whole(dialect(context), pieces, generation.prompt_logprobs)
 
     async def _stream(self, request: web.Request, generation: Generation, answer: Answer, running: int) -> web.StreamResponse:
         rid = request_id(request)
@@ -137,6 +142,13 @@ class Generating:
             abort(request, "slow_consumer")
         except ConnectionError:
             pass
+
+
+async def _whole(answer: Answer, pieces: list[Piece], of_prompts: Sequence[Sequence[TokenLogprobs]]) -> web.Response:
+    """Thousands of log-probabilities are written in a thread: others must not wait for them."""
+    if sum(len(piece.logprobs) for piece in pieces) + sum(map(len, of_prompts)) < _MANY:
+        return json_response(answer.whole(pieces))
+    return await asyncio.to_thread(lambda: json_response(answer.whole(pieces)))
 
 
 def _fingerprint(info: EngineInfo) -> str:

@@ -29,7 +29,8 @@ class TokenNames:
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
-        self._look = lru_cache(maxsize=_MAX_NAMES)(self._find)
+        self._completion_name = lru_cache(maxsize=_MAX_NAMES)(self._find_completion_name)
+        self._chat_name = lru_cache(maxsize=_MAX_NAMES)(self._find_chat_name)
 
     def _find(self, token_id: int) -> tuple[str | None, bytes]:
         """(text, or None if the token is no whole character; bytes)."""
@@ -48,12 +49,12 @@ class TokenNames:
 
     def _chat_entry(self, token_id: int, entry: TokenLogprobs) -> ChatTokenLogprob:
         name, data = self._chat_name(token_id)
-        top = [TopLogprob(self._chat_name(other)[0], _finite(value), list(self._look(other)[1])) for other, value in entry.top]
-        return ChatTokenLogprob(name, _finite(entry.chosen), list(data), top)
+        top = [TopLogprob(other, _finite(value), its) for (other, its), value in ((self._chat_name(i), v) for i, v in entry.top)]
+        return ChatTokenLogprob(name, _finite(entry.chosen), data, top)
 
-    def _chat_name(self, token_id: int) -> tuple[str, bytes]:
-        text, data = self._look(token_id)
-        return ("".join(f"\\x{byte:02x}" for byte in data) if text is None else text), data
+    def _find_chat_name(self, token_id: int) -> tuple[str, list[int]]:
+        text, data = self._find(token_id)
+        return ("".join(f"\\x{byte:02x}" for byte in data) if text is None else text), list(data)
 
     def completion(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], offsets: Sequence[int]
@@ -75,8 +76,8 @@ class TokenNames:
         top.setdefault(name, _finite(entry.chosen))
         return top
 
-    def _completion_name(self, token_id: int) -> str:
-        text, data = self._look(token_id)
+    def _find_completion_name(self, token_id: int) -> str:
+        text, data = self._find(token_id)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data) if text is None else text
 
     def prompt(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> PromptLogprobEntries:

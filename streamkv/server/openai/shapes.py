@@ -54,7 +54,7 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
-class PromptLogprob(msgspec.Struct, frozen=True):
+class PromptLogprob(msgspec.Struct, frozen=True, gc=False):
     """vLLM's form: one token that could have stood in the prompt."""
 
     logprob: float
@@ -93,7 +93,7 @@ PromptLogprobEntries = list[dict[str, PromptLogprob] | None]
 # -- chat -------------------------------------------------------------------------------------------------------------
 
 
-class TopLogprob(msgspec.Struct, frozen=True):
+class TopLogprob(msgspec.Struct, frozen=True, gc=False):
     r"""A token. `bytes` is its part of the text in UTF-8; a token that is no whole character is shown as `\xNN`."""
 
     token: str
@@ -101,7 +101,7 @@ class TopLogprob(msgspec.Struct, frozen=True):
     bytes: list[int]
 
 
-class ChatTokenLogprob(msgspec.Struct, frozen=True):
+class ChatTokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """A sampled token, and the most probable ones at its place."""
 
     token: str

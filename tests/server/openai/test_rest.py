@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import aiohttp
@@ -10,6 +11,7 @@ import openai
 import pytest
 
 from streamkv import Engine, SamplingParams
+from streamkv.server.openai.chat import ChatAnswer
 from streamkv.server.principal import Principal
 from tests.server.openai.dialect import CHAT, COMPLETIONS, HELLO, door, known, post
 from tests.server.serving import eventually
@@ -142,3 +144,33 @@ async def test_a_real_engine_is_empty_after_its_clients_have_left(real: tuple[st
 
     while await used():
         await asyncio.sleep(0.001)
+
+
+# -- much at once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "loop"), [(20, True), (200, False)])
+async def test_thousands_of_log_probabilities_are_not_written_on_the_loop(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, loop: bool
+):
+    """Whoever asks for many makes nobody else wait."""
+    threads = []
+    whole = ChatAnswer.whole
+    monkeypatch.setattr(
+        ChatAnswer, "whole", lambda self, pieces: threads.append(threading.current_thread()) or whole(self, pieces)
+    )
+    async with door() as served:
+        body = {"messages": HELLO, "max_tokens": tokens, "n": 4, "logprobs": True, "top_logprobs": 20}
+        _, answer, _ = await post(served, CHAT, body)
+    assert sum(len(choice["logprobs"]["content"]) for choice in answer["choices"]) == 4 * tokens
+    assert (threads == [threading.main_thread()]) == loop
+
+
+async def test_the_bound_of_what_is_said_of_prompts_counts_every_choice():
+    async with door(context=4096) as served:
+        body = {"prompt": [97] * 1000, "max_tokens": 1, "echo": True, "logprobs": 3, "n": 8}
+        assert (await post(served, COMPLETIONS, body))[0] == 200
+        status, refusal, _ = await post(served, COMPLETIONS, body | {"n": 9})
+        assert (status, refusal["error"]["param"]) == (400, "prompt_logprobs")
+        chat = {"messages": [{"role": "user", "content": "a" * 1000}], "max_tokens": 1, "prompt_logprobs": 3, "n": 16}
+        assert (await post(served, CHAT, chat))[0] == 200, "a chat says it once"
