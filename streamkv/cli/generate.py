@@ -229,6 +229,9 @@ def _writable(output: Path, mode: str, **options: Any) -> IO[Any]:
 
 async def _generate(config: Any, todo: Sequence[_Line], total: int, failures: _Failures, output: IO[str]) -> None:
     """Check every line against the model, then generate all, a bounded number at a time."""
+    from streamkv.runner.imports import import_transformers
+
+    import_transformers()
     from streamkv.async_engine import Engine
 
     async with Engine(config) as engine:

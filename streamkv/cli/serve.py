@@ -134,6 +134,9 @@ def check_safety(config: ServerConfig) -> None:
 
 
 async def _serve(engine_settings: EngineConfig, config: ServerConfig) -> int:
+    from streamkv.runner.imports import import_transformers
+
+    import_transformers()
     from streamkv.engine.build import build_engine
     from streamkv.engine.thread import use_short_switch_interval
     from streamkv.server.app import Server, run_until_signalled

@@ -29,7 +29,7 @@ from streamkv.fused import FusedOps, Quantization
 from streamkv.runner.architecture import attention_implementation, check_architecture, max_positions, pin_rope, probe_layers
 from streamkv.runner.folder import ModelFolder, check_folder
 from streamkv.runner.hook import register
-from streamkv.runner.no_compiler import without_compiler
+from streamkv.runner.meta_device import computing_off_meta
 from streamkv.runner.packed_linear import pack_linear
 from streamkv.runner.rewrite import rewrite
 from streamkv.runner.weights import MappedWeights
@@ -197,7 +197,7 @@ def _from_weights(folder: ModelFolder, weights: MappedWeights, config: Pretraine
     weights.read_through()
     try:
         with _in_this_thread():
-            module, report = without_compiler(make)
+            module, report = computing_off_meta(make)
     except Exception as error:  # transformers and torch raise kinds of their own
         if weights.refused is not None:
             raise weights.refused from error
