@@ -90,7 +90,7 @@ class Generating:
             context = AnswerContext(head, body.params, prompts, self._names, wish.usage, generation.prompt_logprobs, wish.tier)
             await generation.open(wish.principal, priority=wish.priority, salt=wish.salt)
             tokens = sum(len(prepared.token_ids) for prepared in prompts)
-            log.info("request_opened", rid=rid, id=ident, prompts=len(prompts), samples=samples, prompt_tokens=tokens)
+            log.info("request_opened", rid=rid, id=ident, num_prompts=len(prompts), samples=samples, prompt_tokens=tokens)
             if wish.stream:
                 return await self._stream(request, generation, dialect(context), len(prompts) * samples)
             await generation.ended.wait()
