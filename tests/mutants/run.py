@@ -31,6 +31,7 @@ TESTS: Final = {
     ),
     "server": ("tests/server/test_resume.py",),
     "forks": ("tests/server/test_fork.py",),
+    "start": ("tests/runner/test_meta_device.py", "tests/cli/test_start.py"),
 }
 """Of each folder of patches, the tests that must notice them; the cheapest first."""
 COPIED: Final = ("streamkv", "tests", "pyproject.toml")
