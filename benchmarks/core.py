@@ -234,11 +234,19 @@ WORKLOADS = (
 
 
 def waste(steps: int) -> list[tuple[str, ...]]:
-    return [_wasted(lengths, steps) for lengths in WORKLOADS]
+    rows = []
+    for lengths in WORKLOADS:
+        unfilled, used, running = wasted(lengths, steps)
+        figures = f"{mean(unfilled):.2f}", f"{max(unfilled):.2f}", f"{mean(used):.1f}", f"{mean(running):.0f}"
+        rows.append((lengths.name, *figures, str(steps)))
+    return rows
 
 
-def _wasted(lengths: Lengths, steps: int, num_blocks: int = 2048) -> tuple[str, ...]:
-    """Requests always wait; a step counts once the pool has been full for the first time (nobody could be admitted)."""
+def wasted(lengths: Lengths, steps: int, num_blocks: int = 2048) -> tuple[list[float], list[float], list[int]]:
+    """Per step: percent of slots unfilled, percent of blocks in use, requests running.
+
+    Requests always wait; a step counts once the pool has been full for the first time (nobody could be admitted).
+    """
     config = SchedulerConfig(max_num_seqs=1024, max_num_batched_tokens=2048, max_model_len=4096)
     driver = Driver(config, num_blocks)
     shares: list[float] = []
@@ -257,8 +265,7 @@ def _wasted(lengths: Lengths, steps: int, num_blocks: int = 2048) -> tuple[str, 
             used.append(100 * pool.num_used / pool.num_blocks)
             running.append(num_running)
         driver.scheduler.commit(step, driver.sampled(step))
-    figures = f"{mean(shares):.2f}", f"{max(shares):.2f}", f"{mean(used):.1f}", f"{mean(running):.0f}"
-    return lengths.name, *figures, str(steps)
+    return shares, used, running
 
 
 if __name__ == "__main__":

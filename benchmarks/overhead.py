@@ -2,7 +2,7 @@
 
 python -m benchmarks.overhead [--rounds 3] [--model-dir FOLDER] [--quick]
 
-The model of benchmarks.throughput. "Engine alone" submits the 32 requests to the engine and reads its steps; "server" has a
+The model of benchmarks.workloads. "Engine alone" submits the 32 requests to the engine and reads its steps; "server" has a
 client in another process that reads 32 streams from one WebSocket. Each has a newly built engine, rounds take turns, prompts
 are new in every round. The ratio is that of each round's pair. Beside the clock stands the processor time of the engine's
 process, which suffers less from other work; OMP_NUM_THREADS=1 keeps the model's threads from waiting for each other there.

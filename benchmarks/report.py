@@ -10,23 +10,51 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-__all__ = ["num_cores", "percentile", "print_setting", "print_table"]
+__all__ = ["num_cores", "percentile", "print_setting", "print_table", "setting"]
+
+_TELLING = (
+    "avx2",
+    "avx_vnni",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
+)
+"""Instruction sets that kernels are chosen by."""
 
 
 def print_setting(*packages: str) -> None:
     """Print command, machine and versions, and what else the machine was doing."""
-    name = _command_name()
-    print(f"command: `python -m {name} {shlex.join(sys.argv[1:])}".rstrip() + "`  ")
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"machine: {_processor()}, {num_cores()} cores usable, load average {load} at the start  ")
-    versions = [f"Python {platform.python_version()}", *(f"{package} {_version(package)}" for package in packages)]
-    print(f"versions: {', '.join(versions)}\n", flush=True)
+    found = setting(*packages)
+    print(f"command: `{found['command']}`  ")
+    load = ", ".join(f"{value:.1f}" for value in found["load"])
+    print(f"machine: {found['processor']}, {found['cores']} cores usable, load average {load} at the start  ")
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    print(f"versions: {versions}\n", flush=True)
+
+
+def setting(*packages: str) -> dict[str, Any]:
+    """The same, as values, and the instruction sets of the processor."""
+    return {
+        "command": f"python -m {_command_name()} {shlex.join(sys.argv[1:])}".rstrip(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in _TELLING if name in _cpuinfo("flags").split() + _cpuinfo("Features").split()],
+        "cores": num_cores(),
+        "load": list(os.getloadavg()),
+        "versions": {"Python": platform.python_version()} | {package: _version(package) for package in packages},
+    }
 
 
 def _command_name() -> str:
     main = sys.modules["__main__"]
-    return main.__spec__.name if main.__spec__ is not None else f"benchmarks.{Path(sys.argv[0]).stem}"
+    return main.__spec__.name.removesuffix(".__main__") if main.__spec__ is not None else f"benchmarks.{Path(sys.argv[0]).stem}"
 
 
 def num_cores() -> int:
@@ -41,12 +69,13 @@ def _version(package: str) -> str:
         return "(not installed)"
 
 
-def _processor() -> str:
+def _cpuinfo(name: str) -> str:
+    """A line of Linux's description of the first processor; empty if there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -2,7 +2,7 @@
 
 python -m benchmarks.speculation [--rounds 3] [--streams 1 8] [--quick]
 
-The model is that of `benchmarks.throughput` (254M parameters, bfloat16). Its weights are random, so it copies nothing of its own
+The model is that of `benchmarks.workloads` (254M parameters, bfloat16). Its weights are random, so it copies nothing of its own
 accord: every forward pass, every check of drafts and every block is real, and the token that is "sampled" is read from a script,
 the answer that a model for such work would give. Both engines serve the same prompts, one after the other in every round.
 

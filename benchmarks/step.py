@@ -2,7 +2,7 @@
 
 python -m benchmarks.step [--backend cpu] [--context 300] [--rounds 9] [--threads 2] [--quick]
 
-The model is that of `benchmarks.throughput` (254M parameters, bfloat16, random weights). Kinds of work are measured inside
+The model is that of `benchmarks.workloads` (254M parameters, bfloat16, random weights). Kinds of work are measured inside
 recorded steps of the cpu backend; other steps are shown as a whole. The limit is the weights and the KV that a step has to read,
 divided by the read bandwidth that is measured in the same run with as many threads.
 """

@@ -1,4 +1,4 @@
-"""The model and the workloads of the throughput figures, all from seeds.
+"""The model and the workloads of what is compared, all from seeds.
 
 The model is a Llama of 254M parameters with random bfloat16 weights; speed does not depend on their values, and nothing has
 to be downloaded. The workloads hold token ids, so no tokenizer has a part in the figures.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["DEFAULT_MODEL_DIR", "WORKLOADS", "Job", "build_model", "jobs", "make_tokenizer"]
+__all__ = ["DEFAULT_MODEL_DIR", "WORKLOADS", "Job", "build_model", "jobs", "make_config", "make_tokenizer"]
 
 DEFAULT_MODEL_DIR: Final = Path.home() / ".cache" / "streamkv-benchmarks"
 
@@ -68,10 +68,33 @@ def _prefix32(source: random.Random, token: Callable[[int], list[int]], scale: i
     return [Job(shared + token(32), 32) for _ in range(32)]
 
 
+def _prefill512(source: random.Random, token: Callable[[int], list[int]], scale: int) -> list[Job]:
+    """What a prompt costs, without a word of answer."""
+    return [Job(token(512 // scale), 1)]
+
+
+def _decode(streams: int) -> Callable[..., list[Job]]:
+    """Long enough that all streams decode together for a while, whoever's prompt was computed first."""
+
+    def shape(source: random.Random, token: Callable[[int], list[int]], scale: int) -> list[Job]:
+        return [Job(token(300 // scale), 64) for _ in range(streams)]
+
+    return shape
+
+
+def _long8(source: random.Random, token: Callable[[int], list[int]], scale: int) -> list[Job]:
+    """Twice as many bytes of KV as of weights in every step."""
+    return [Job(token(3500 // scale), 96) for _ in range(8)]
+
+
 WORKLOADS: Final[dict[str, tuple[str, Callable[..., list[Job]]]]] = {
     "single": ("1 request, prompt 128, output 128", _single),
     "mixed32": ("32 at once, prompts 16–512, outputs 16–256, uniform", _mixed32),
     "prefix32": ("32 at once, shared prefix of 1,024 tokens and 32 own, output 32", _prefix32),
+    "prefill512": ("1 prompt of 512 tokens, 1 token of output", _prefill512),
+    "decode8": ("8 streams that decode together, context 300", _decode(8)),
+    "decode32": ("32 streams that decode together, context 300", _decode(32)),
+    "long8": ("8 streams that decode together, context 3,500", _long8),
 }
 
 
@@ -96,17 +119,23 @@ def build_model(folder: Path, *, tiny: bool = False) -> Path:
     if (target / "tokenizer.json").is_file():  # written last
         return target
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     settings = _MODELS[name]
-    # No end-of-sequence token: every request runs to its full length everywhere.
-    config = LlamaConfig(**settings, bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False)
+    config = make_config(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config).to(getattr(torch, settings["dtype"]))
     model.save_pretrained(target)
     (target / "tokenizer.json").write_text(make_tokenizer(settings["vocab_size"]).to_str(), encoding="utf-8")
     return target
+
+
+def make_config(**settings: Any) -> Any:
+    """A `LlamaConfig` without an end-of-sequence token: every request runs to its full length everywhere."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**settings, bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False)
 
 
 def make_tokenizer(vocab_size: int) -> Any:
