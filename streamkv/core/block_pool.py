@@ -26,6 +26,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from streamkv.core.shares import Shares
+
 __all__ = ["STALE_S", "Block", "BlockPool", "Parent"]
 
 STALE_S: Final = 600.0
@@ -68,10 +70,7 @@ class Block:
 
 
 class BlockPool:
-    """Reference counts, the free list, the LRU order of cached blocks and the index.
-
-    Every operation is O(1) per block, but eviction for a tenant within its share: that looks at every tenant with cached blocks.
-    """
+    """Reference counts, the free list, the LRU order of cached blocks and the index. Every operation is O(1) per block."""
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 1:
@@ -79,7 +78,7 @@ class BlockPool:
         self._blocks = [Block(block_id) for block_id in range(num_blocks)]
         self._free = list(range(num_blocks - 1, -1, -1))  # popped from the end: low ids first
         self._cached: OrderedDict[int, Block] = OrderedDict()  # oldest first
-        self._shares: dict[str, OrderedDict[int, Block]] = {}  # the same by tenant; of those that have some
+        self._shares = Shares()  # the same by tenant
         self._index: dict[bytes, Block] = {}
         # Children by (parent, first four token bytes): finds a block that matches partly without a scan of all siblings.
         self._children: dict[tuple[Parent, bytes], dict[int, Block]] = {}
@@ -146,14 +145,11 @@ class BlockPool:
 
     def _victim(self, tenant: str) -> Block:
         """The cached block that `tenant` may take."""
-        oldest, shares = next(iter(self._cached.values())), self._shares
-        if len(shares) == 1 or self.now - oldest.idle_since > STALE_S:
+        oldest = next(iter(self._cached.values()))
+        if self._shares.num_tenants == 1 or self.now - oldest.idle_since > STALE_S:
             return oldest
-        share = len(self._cached) / len(shares)
-        largest = shares.get(tenant)
-        if largest is None or len(largest) <= share:
-            largest = max(shares.values(), key=len)
-        return next(iter(largest.values())) if len(largest) > share else oldest
+        block_id = self._shares.victim(tenant, len(self._cached))
+        return oldest if block_id is None else self._blocks[block_id]
 
     def acquire(self, block_id: int) -> None:
         """Add an owner to a used or cached block."""
@@ -162,20 +158,9 @@ class BlockPool:
             self._uncache(block)  # KeyError: a free block has nothing to share
         block.count += 1
 
-    def _cache(self, block: Block) -> None:
-        """Into the LRU order, as the latest."""
-        self._cached[block.id] = block
-        share = self._shares.get(block.tenant)
-        if share is None:
-            share = self._shares[block.tenant] = OrderedDict()
-        share[block.id] = block
-
     def _uncache(self, block: Block) -> None:
         del self._cached[block.id]
-        share = self._shares[block.tenant]
-        del share[block.id]
-        if not share:
-            del self._shares[block.tenant]
+        self._shares.remove(block.tenant, block.id)
 
     def release(self, block_ids: Iterable[int]) -> None:
         """Take one owner from each block, in the given order: the first released is the first evicted.
@@ -190,7 +175,8 @@ class BlockPool:
             if block.count == 0:
                 block.idle_since = self.now
                 if block.serial >= 0:
-                    self._cache(block)
+                    self._cached[block_id] = block
+                    self._shares.add(block.tenant, block_id)
                 else:
                     self._free.append(block_id)
 
@@ -346,12 +332,10 @@ class BlockPool:
                 assert self._index[block.digest] is block, f"{block} is not in the index"
                 assert self._live[block.serial] is block, f"{block} is not alive"
                 assert self._children[block.parent, block.packed[:4]][block.id] is block, f"{block} is no child"
-        order = list(self._cached)
-        for tenant, share in self._shares.items():
-            own = [block_id for block_id in order if self._blocks[block_id].tenant == tenant]
-            assert own, f"{tenant!r} has a share of nothing"
-            assert list(share) == own, f"the share of {tenant!r} is in another order, or is not its own"
-        assert sum(map(len, self._shares.values())) == len(order), "a cached block is in no share"
+        shares: dict[str, list[int]] = {}
+        for block_id, block in self._cached.items():
+            shares.setdefault(block.tenant, []).append(block_id)
+        self._shares.check(shares)
         published_blocks = sum(1 for block in self._blocks if block.serial >= 0)
         assert len(self._index) == len(self._live) == published_blocks, "index holds what no block has"
         assert sum(map(len, self._children.values())) == published_blocks, "children hold what no block has"

@@ -194,6 +194,14 @@ def test_nothing_is_kept_for_who_has_not_wanted_it_for_long() -> None:
     assert taken(pool, "A", 2) == [0, 2]
 
 
+def test_after_a_reset_nobody_has_a_share() -> None:
+    pool = cached("BBAAAA")
+    (block,) = taken(pool, "C", 1)
+    pool.reset()
+    pool.check({block: 1})
+    assert pool.num_free == 5
+
+
 def test_check_sees_a_wrong_count() -> None:
     pool = BlockPool(2)
     block = pool.allocate()
