@@ -459,4 +459,4 @@ class SessionMachine(Table):
 
 
 TestSessionMachine = SessionMachine.TestCase
-TestSessionMachine.settings = settings(settings.default, max_examples=250, stateful_step_count=80)
+TestSessionMachine.settings = settings(settings.default, derandomize=True, max_examples=250, stateful_step_count=80)
