@@ -69,14 +69,20 @@ def test_no_sample_forks_from_a_prompt_that_this_very_step_copies() -> None:
 
 def test_a_parked_victim_with_a_row_in_the_step_being_planned_is_spared() -> None:
     """It got its last accepted token planned a moment ago: its blocks are being written by this step."""
-    world = World(num_blocks=6, block_size=2, max_num_seqs=3, budget=16)
+    world = World(num_blocks=5, block_size=2, max_num_seqs=3, budget=16)
     world.submit("parking", [1, 2, 3], 6, credit=2)
     world.run_once()
     world.submit("new", [4, 5, 6, 0, 1], 2)
     step = world.plan()  # plans the second token of "parking", which parks it, and then wants room for "new"
     assert step is not None
-    assert "parking" in [world.memory.names[row] for row in step.rows]
+    assert [world.memory.names[row] for row in step.rows] == ["parking"], "there must be no room for both, or this tests nothing"
+    assert world.scheduler._roster.live["parking"].parked
+    world.take(world.scheduler.take_events())
+    assert preempted(world) == []
     world.check()
+    world.plan()
+    world.take(world.scheduler.take_events())
+    assert preempted(world) == ["parking"], "from the next step on its blocks may be taken"
     world.scheduler.credit("parking", 100)
     world.run()
     world.verify()
