@@ -64,7 +64,9 @@ class Recordings:
         if kept is None:
             return self._record(key, inputs, metadata) if self._meets_again(key) else self._run(*inputs)
         self._kept.move_to_end(key)
-        result: torch.Tensor | None = self._backend.replay(kept.recorded, inputs, metadata)
+        result = self._replay(kept, inputs, metadata)
+        if self.off is not None:
+            return self._run(*inputs)
         if result is None:
             self._detours += 1
             if self._detours > _MOST_DETOURS:
@@ -85,7 +87,13 @@ class Recordings:
 
     def _record(self, key: tuple[int, int], inputs: Inputs, metadata: Any) -> torch.Tensor:
         output: torch.Tensor
-        output, recorded = self._backend.ops.record(self._run, inputs)
+        try:
+            output, recorded = self._backend.ops.record(self._run, inputs)
+        except Exception:  # any: the modes that look on forbid what the model does, or it fails by itself, and then again
+            output = self._run(*inputs)
+            log.warning("recording_failed", exc_info=True)
+            self._stop("the model cannot be looked on")
+            return output
         if recorded is None:
             self._stop("the model's Python reads what it computes")
             return output
@@ -93,8 +101,18 @@ class Recordings:
         if len(self._kept) > _KEPT:
             self._kept.popitem(last=False)
         first = output.clone()
-        again: torch.Tensor | None = self._backend.replay(recorded, inputs, metadata)
+        again = self._replay(kept, inputs, metadata)
         return first if again is None else self._prove(kept, again, first)
+
+    def _replay(self, kept: _Kept, inputs: Inputs, metadata: Any) -> torch.Tensor | None:
+        """The recording's result; None if this step has to go through Python. What it has written by then is written again."""
+        try:
+            result: torch.Tensor | None = self._backend.replay(kept.recorded, inputs, metadata)
+        except Exception:  # any: the model itself can still answer
+            log.warning("recording_failed", exc_info=True)
+            self._stop("a recording cannot be run")
+            return None
+        return result
 
     def _prove(self, kept: _Kept, again: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Compare what a recording gave with the model's own result, which is returned."""

@@ -24,6 +24,7 @@ __all__ = ["CpuBackend", "CpuKVPool", "CpuMetadata"]
 
 _HEAD_DIMS: Final = frozenset({*range(16, 257, 16), 512})
 _BLOCK_SIZES: Final = frozenset({16, 32, 64, 128})
+_INT32_MAX: Final = 2**31 - 1
 ITEM_KINDS: Final = ("whole", "prefix", "suffix", "part", "merge")
 
 
@@ -82,7 +83,8 @@ class CpuMetadata:
         """The step's plan for layers like `spec`."""
         plan = self._plans.get(spec)
         if plan is None:
-            shape = Shape(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.window or 0, spec.scale, spec.soft_cap or 0.0)
+            window = min(spec.window or 0, _INT32_MAX)
+            shape = Shape(spec.num_heads, spec.num_kv_heads, spec.head_dim, window, spec.scale, spec.soft_cap or 0.0)
             plan = self._plans[spec] = _Plan(self._native, self._step, shape, self._keep)
         return plan
 
@@ -119,6 +121,7 @@ class CpuBackend:
         if refusal is not None:
             raise BackendError(refusal)
         self._pool = CpuKVPool(spec)
+        self.ops.pool += 1
         self._shapes = list(dict.fromkeys(spec.layers))
         return self._pool
 
@@ -139,6 +142,11 @@ class CpuBackend:
         """Write k and v, attend; all in one call."""
         assert self._pool is not None, "allocate_kv comes first"
         spec, pool = self._pool.spec.layers[layer], self._pool.layers[layer]
+        # What the kernels cannot see: they take the addresses' word for it.
+        assert query.shape == (metadata.num_tokens, spec.num_heads, spec.head_dim)
+        assert key.shape == value.shape == (metadata.num_tokens, spec.num_kv_heads, spec.head_dim)
+        assert sinks is None or len(sinks) == spec.num_heads
+        dtype = query.dtype
         query, key, value = _rows(query, pool.dtype), _rows(key, pool.dtype), _rows(value, pool.dtype)
         logits = None if sinks is None else sinks.float().contiguous()
         output = self.ops.empty((metadata.num_tokens, spec.num_heads, spec.head_dim), pool.dtype)
@@ -156,7 +164,7 @@ class CpuBackend:
         )
         self._native.skv_attend(metadata.plan(spec).address, byref(call))
         self.ops.note("attend", Attend(pointer(call), self._shapes.index(spec)))
-        return output
+        return output.to(dtype)
 
     def replay(self, recorded: Recorded, inputs: tuple[torch.Tensor, ...], metadata: CpuMetadata) -> torch.Tensor | None:
         """Run a recorded pass again, over another step's sequences; as many tokens as when it was recorded.
@@ -164,6 +172,8 @@ class CpuBackend:
         Returns:
             Its result, overwritten by the next replay; None if this step has to go through Python.
         """
+        if recorded.pool != self.ops.pool:
+            return None
         plans = (c_void_p * len(self._shapes))(*(metadata.plan(spec).address for spec in self._shapes))
         return recorded.replay(inputs, plans)
 

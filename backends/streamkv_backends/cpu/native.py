@@ -161,7 +161,8 @@ _SIGNATURES: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     **{f"skv_{name}": (None, (c_void_p,)) for name in ("norm", "gate", "add", "rotate", "argmax")},
     "skv_linear_scratch": (c_int64, (c_void_p, c_int32)),
     "skv_linear_call": (None, (c_void_p,)),
-    "skv_run": (None, (c_void_p, c_int32, c_void_p, c_void_p)),
+    "skv_threads": (c_int32, ()),
+    "skv_run": (None, (c_void_p, c_int32, c_void_p, c_int32, c_void_p)),
 }
 
 

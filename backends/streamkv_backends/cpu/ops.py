@@ -31,6 +31,8 @@ class CpuOps:
     def __init__(self, native: Any) -> None:
         self._native = native
         self._tape: Tape | None = None
+        self.pool = 0
+        """How many pools the backend has allocated; recordings hold addresses of the one of their time."""
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor for a result."""
@@ -107,7 +109,8 @@ class CpuOps:
     ) -> tuple[torch.Tensor, Recorded | None]:
         """Run `function(*inputs)`; returns its result, and the recording for `CpuBackend.replay` if it can be run again."""
         mine = tuple(value.clone() for value in inputs)
-        tape = self._tape = Tape()
+        tape, threads = Tape(), self._native.skv_threads()
+        self._tape = tape
         try:
             with Watch(), tape:
                 output = function(*mine)
@@ -116,7 +119,7 @@ class CpuOps:
             return function(*inputs), None
         finally:
             self._tape = None
-        return output, Recorded(self._native, mine, output, tape)
+        return output, Recorded(self._native, mine, output, tape, threads, self.pool)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class Arena:
     """Buffers by size; one is handed out again when only the arena holds it."""
 
     def __init__(self) -> None:
-        self._buffers: dict[int, list[torch.Tensor]] = {}
+        self._buffers: dict[int, list[_Buffer]] = {}
         self.num_bytes = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -51,22 +51,46 @@ class Arena:
         num_bytes = max(_ALIGN, -(-count * dtype.itemsize // _ALIGN) * _ALIGN)
         buffers = self._buffers.setdefault(num_bytes, [])
         for buffer in buffers:
-            if _use_count(buffer.untyped_storage()._cdata) == 1:  # noqa: SLF001  # see above
+            if buffer.is_free():
                 break
         else:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8)
+            buffer = _Buffer(num_bytes)
             buffers.append(buffer)
             self.num_bytes += num_bytes
-        return buffer.view(dtype)[:count].view(shape)
+        return buffer.tensor.view(dtype)[:count].view(shape)
+
+
+class _Buffer:
+    """Memory that knows whether anybody else holds it."""
+
+    __slots__ = ("_idle", "_storage", "tensor")
+
+    def __init__(self, num_bytes: int) -> None:
+        self.tensor = torch.empty(num_bytes, dtype=torch.uint8)
+        self._storage = self.tensor.untyped_storage()
+        # Asked for, not known: how often torch itself counts the storage's Python object differs between its versions.
+        self._idle = _use_count(self._storage._cdata)  # noqa: SLF001  # see above
+
+    def is_free(self) -> bool:
+        return _use_count(self._storage._cdata) == self._idle  # noqa: SLF001  # see above
 
 
 class Recorded:
     """A pass that can be run again with other inputs of the same shapes."""
 
-    def __init__(self, native: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, tape: Tape) -> None:
+    def __init__(
+        self, native: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, tape: Tape, threads: int, pool: int
+    ) -> None:
+        """Take over what a tape has collected.
+
+        Args:
+            threads: most that it may be run by: as many as its scratch was measured for.
+            pool: which of its backend's pools it attends to.
+        """
         self._native = native
-        self._inputs, self._output = inputs, output
-        self._keep: list[Any] = [tape.arena]
+        self._inputs, self._output, self._threads = inputs, output, threads
+        self.pool = pool
+        self._keep: list[Any] = [tape.arena, tape.fresh]
         self._parts: list[tuple[Any, int] | _TorchCall] = []
         self.num_bytes = tape.arena.num_bytes
         self.num_native = self.num_torch = 0
@@ -97,7 +121,7 @@ class Recorded:
         try:
             for part in self._parts:
                 if isinstance(part, tuple):
-                    self._native.skv_run(part[0], part[1], plans, self.seconds)
+                    self._native.skv_run(part[0], part[1], plans, self._threads, self.seconds)
                 else:
                     part.again()
         except OtherPathError:
@@ -138,6 +162,7 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in to
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.parts: list[tuple[int, Any] | _TorchCall] = []
         self.arena = Arena()
+        self.fresh: list[torch.Tensor] = []  # memory that no recorded operation gives: made of Python's numbers, or empty
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -147,8 +172,8 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in to
     def native(self, kind: str, call: Any) -> None:
         """A native call was made.
 
-        What it points to stays where it is: weights are the model's, results of torch's operations are kept with those, and
-        the arena's buffers are recycled in the order of the calls, which is the order in which they run again.
+        What it points to stays where it is: weights are the model's, results of torch's operations are kept with those, `fresh`
+        is kept too, and the arena's buffers are recycled in the order of the calls, which is the order in which they run again.
         """
         self.parts.append((KINDS[kind], call))
 
@@ -161,13 +186,16 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in to
             self.native("add", Add(left.data_ptr(), right.data_ptr(), out.data_ptr(), left.numel()))
             return torch.ops.aten.add.out(left, right, out=out)
         result = func(*args, **kwargs)
-        if func in _EMPTY or _is_view(func, _tensors((args, tuple(kwargs.values()))), _tensors(result)):
+        if func in _FRESH:
+            self.fresh.append(result)
+            return result
+        if _is_view(func, _tensors((args, tuple(kwargs.values()))), _tensors(result)):
             return result
         self.parts.append(_TorchCall(func, args, kwargs, result))
         return result
 
 
-_EMPTY: Final = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default}
+_FRESH: Final = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.lift_fresh.default}
 
 
 class Watch(TorchFunctionMode):
@@ -180,7 +208,7 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_READS: Final = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__}
+_READS: Final = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__}
 
 
 def _plain_add(args: Any, kwargs: Any) -> bool:

@@ -21,7 +21,8 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <new>
+#include <cfloat>
+#include <exception>
 #include <vector>
 
 namespace skv {
@@ -32,7 +33,7 @@ constexpr int ROWS = 32;     // most query rows that share what is loaded
 constexpr int R_MAX = 6;     // rows of a register tile
 constexpr int MAX_DIM = 512; // of a head
 constexpr int SPAN = 128;    // dimensions that are summed in one go: longer sums lose digits
-constexpr float NOTHING = -1e30f;  // maximum of no scores; finite, so that differences stay numbers
+constexpr float NOTHING = -FLT_MAX;  // maximum of no scores; finite, so that a difference of two is 0 and not NaN
 
 // One query row: head `group` of KV head h reads head h * G + group of token `token`, which stands at `position`.
 struct Row {
@@ -46,7 +47,7 @@ struct Item {
   int32_t sequence;             // whose block table it walks
   int32_t first_chunk, end_chunk;
   int64_t scratch;              // PREFIX writes, SUFFIX reads: state of its first row; PART, MERGE: partial of first row and chunk 0
-  int32_t num_chunks;           // PART, MERGE: chunks of the whole
+  int32_t num_chunks;           // PART, MERGE: chunks of the whole, of which partials are kept
 };
 
 }  // namespace
@@ -433,12 +434,12 @@ void run_item(Plan& plan, const Call& call, const Item& item, int head, Bench<T>
   const int group = shape.num_heads / shape.num_kv_heads, dim = shape.head_dim, rows = item.num_rows;
   // Scratch: [row][kv_head] states, or [row][kv_head][chunk] partials.
   const int64_t size = plan.state_size(), chunks = item.kind == Item::PART || item.kind == Item::MERGE ? item.num_chunks : 1;
-  const int64_t stride = size * chunks * shape.num_kv_heads;
-  float* scratch = plan.scratch.data() + item.scratch + head * size * chunks;
+  const int64_t stride = size * chunks * shape.num_kv_heads, at = item.scratch + head * size * chunks;
+  float* scratch = plan.scratch.data();
   clear(bench.total, rows, dim);
   if (item.kind == Item::MERGE) {
     for (int chunk = item.first_chunk; chunk < item.end_chunk; chunk++) {
-      restore(bench.chunk, rows, dim, scratch + chunk * size, stride);
+      restore(bench.chunk, rows, dim, scratch + (at + chunk * size), stride);
       merge(bench.total, bench.chunk.values, bench.chunk.sum, bench.chunk.max, rows, dim);
     }
     finish(plan, item, head, bench.total, call.sinks, (T*)call.out);
@@ -450,16 +451,16 @@ void run_item(Plan& plan, const Call& call, const Item& item, int head, Bench<T>
     memcpy(bench.query + r * dim, q, sizeof(T) * dim);
   }
   prepare_tiles(bench, rows, dim);
-  if (item.kind == Item::SUFFIX) restore(bench.total, rows, dim, scratch, stride);
+  if (item.kind == Item::SUFFIX) restore(bench.total, rows, dim, scratch + at, stride);
   for (int chunk = item.first_chunk; chunk < item.end_chunk; chunk++) {
     compute_chunk(plan, (const T*)call.pool, item, head, chunk, bench);
     if (item.kind == Item::PART)
-      save(bench.chunk, rows, dim, scratch + chunk * size, stride);
+      save(bench.chunk, rows, dim, scratch + (at + chunk * size), stride);
     else
       merge(bench.total, bench.chunk.values, bench.chunk.sum, bench.chunk.max, rows, dim);
   }
   if (item.kind == Item::PREFIX)
-    save(bench.total, rows, dim, scratch, stride);
+    save(bench.total, rows, dim, scratch + at, stride);
   else if (item.kind != Item::PART)
     finish(plan, item, head, bench.total, call.sinks, (T*)call.out);
 }
@@ -593,9 +594,9 @@ void plan_step(Plan& plan, int threads) {
       const int parts = std::min(threads, chunks / 2), each = (chunks + parts - 1) / parts;
       Item part = item;
       part.kind = Item::PART;
-      part.num_chunks = item.end_chunk;
-      part.scratch = scratch;
-      scratch += (int64_t)item.num_rows * size * shape.num_kv_heads * item.end_chunk;
+      part.num_chunks = chunks;
+      part.scratch = scratch - item.first_chunk * size;  // a window sees only the last chunks
+      scratch += (int64_t)item.num_rows * size * shape.num_kv_heads * chunks;
       for (int c = item.first_chunk; c < item.end_chunk; c += each) {
         part.first_chunk = c;
         part.end_chunk = std::min(item.end_chunk, c + each);
@@ -635,7 +636,7 @@ skv::Plan* skv_plan(const skv::Step* step, const skv::Shape* shape) {
     auto* plan = new skv::Plan{*step, *shape, {}, {}, {}, {}};
     skv::plan_step(*plan, omp_get_max_threads());
     return plan;
-  } catch (const std::bad_alloc&) {
+  } catch (const std::exception&) {  // no exception may reach C
     return nullptr;
   }
 }

@@ -1,9 +1,11 @@
-// A recorded step: its native calls one after the other in a single parallel region. See `recorded.py`.
+// A recorded step: its native calls one after the other in a single parallel region. See `tape.py`.
 #include "attention.h"
 #include "rows.h"
 #include "team.h"
 
 #include <omp.h>
+
+#include <algorithm>
 
 namespace skv {
 
@@ -31,6 +33,9 @@ struct Op {
 
 extern "C" {
 
+// Threads of a team that begins now.
+int32_t skv_threads() { return omp_get_max_threads(); }
+
 // Bytes that LINEAR needs in `scratch`, for as many threads as there are now.
 int64_t skv_linear_scratch(const skv::Weight* weight, int32_t m) {
   return (int64_t)skv::linear_scratch(*weight, m, omp_get_max_threads());
@@ -42,10 +47,11 @@ void skv_linear_call(const skv::Linear* l) {
 }
 
 // plans: one for each shape of attention layers. Every operation ends with a barrier, so the next one sees what it wrote.
+// threads: at most so many; scratch was measured for them when the operations were recorded.
 // seconds: null, or where the time of each kind of operation is added up.
-void skv_run(const skv::Op* ops, int32_t count, skv::Plan* const* plans, double* seconds) {
+void skv_run(const skv::Op* ops, int32_t count, skv::Plan* const* plans, int32_t threads, double* seconds) {
   using namespace skv;
-#pragma omp parallel
+#pragma omp parallel num_threads(std::min(threads, skv_threads()))
   for (int i = 0; i < count; i++) {
     const void* call = ops[i].call;
     const double began = seconds ? omp_get_wtime() : 0;
