@@ -26,7 +26,7 @@ from streamkv.server.config import ServerConfig, is_loopback
 from streamkv.server.keys import KeyStore
 from streamkv.server.limits import Places, network_of
 from streamkv.server.principal import ANONYMOUS, OPERATOR, Principal, is_known, principal_of, set_principal
-from streamkv.server.request_id import REQUEST_ID, log_failed, request_id
+from streamkv.server.request_id import REQUEST_ID, about, log_failed, request_id
 from streamkv.server.routes import Access, error_response, status_of
 from streamkv.server.tickets import TICKET_S
 
@@ -294,7 +294,7 @@ def _failure(request: web.Request, error: Exception) -> web.Response:
         return error_response(error.status, sentence, code=code)
     if isinstance(error, web.RequestPayloadError | ConnectionError):
         return _closing(error_response(400, "the body ended early or is malformed"))
-    log.error("handler_failed", rid=request_id(request), method=request.method, peer=request.remote, exc_info=error)
+    log.error("handler_failed", **about(request), method=request.method, peer=request.remote, exc_info=error)
     return error_response(500, "the server failed on this request; its log says why", code="internal")
 
 

@@ -21,7 +21,7 @@ from aiohttp.typedefs import Handler
 
 from streamkv.errors import ConfigError
 from streamkv.server.config import HttpLimits, ServerConfig
-from streamkv.server.request_id import REQUEST_ID, log_failed, request_id
+from streamkv.server.request_id import REQUEST_ID, about, log_failed, request_id
 from streamkv.server.routes import error_response
 
 __all__ = ["Connections", "Listener", "tls_context"]
@@ -102,14 +102,13 @@ class _Handler(web.RequestHandler):
         """The answer to a head that cannot be parsed, or to a handler that failed where the guard could not see it."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun already")
-        rid = request_id(request)
         if status >= 500:
-            log.error("handler_failed", rid=rid, exc_info=exc)
+            log.error("handler_failed", **about(request), exc_info=exc)
             response = error_response(status, "the server failed on this request; its log says why", code="internal")
         else:
             response = error_response(status, "this is not a request that HTTP allows, or it is too large")
         response.headers[hdrs.SERVER] = "streamkv"
-        response.headers[REQUEST_ID] = rid
+        response.headers[REQUEST_ID] = request_id(request)
         response.force_close()
         log_failed(request, response)
         return response

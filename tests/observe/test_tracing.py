@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import subprocess
 import sys
 
@@ -146,6 +148,63 @@ async def test_without_a_parent_the_log_names_no_trace():
             await raw.ended("a")
     assert {"stream_opened", "stream_finished"} <= {line["event"] for line in logs}
     assert not any("trace_id" in line for line in logs)
+
+
+async def test_at_the_http_door_each_answer_belongs_to_the_trace_of_its_own_request():
+    collected = Collected()
+    many = ["abc"] * 20  # more than are in the engine at once: the last ones begin in the engine's task, not in the request's
+    trace = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+    other = {"traceparent": f"00-{OTHER}-{SPAN}-01"}
+    chat: dict[str, object] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    requests: list[tuple[str, dict[str, object], dict[str, str], int]] = [
+        ("/v1/completions", {"prompt": many, "max_tokens": 2}, trace, 200),
+        ("/v1/completions", {"prompt": "abc", "max_tokens": 2, "n": 2, "stream": True}, other, 200),
+        ("/v1/chat/completions", chat | {"stream": True}, trace, 200),
+        ("/v1/chat/completions", chat, {}, 200),
+        ("/v1/embeddings", {"input": "abc"}, other, 200),
+        ("/v1/completions", {"prompt": "x" * 1000}, other, 400),
+        ("/nothing", {}, trace, 404),
+    ]
+    with capture_logs() as logs:
+        async with serving() as served:
+            served.streams.observer = collected.tracing
+            for path, body, headers, status in requests:
+                async with served.http.post(f"{served.base}{path}", json={"model": "fake"} | body, headers=headers) as answer:
+                    assert answer.status == status, await answer.text()
+                    await answer.read()
+    found: dict[str, list[str]] = {TRACE: [], OTHER: [], "": []}
+    traces = {}  # of each span, by the id of its sample
+    for span in collected.spans:
+        trace_ = f"{span.context.trace_id:032x}" if span.parent is not None else ""
+        assert span.parent is None or f"{span.parent.span_id:016x}" == {TRACE: PARENT, OTHER: SPAN}[trace_]
+        said = dict(span.attributes or {})
+        traces[str(said["gen_ai.response.id"])] = trace_
+        found[trace_].append(str(said["gen_ai.operation.name"]))
+    assert sorted(found[TRACE]) == ["chat"] + ["text_completion"] * 20
+    assert sorted(found[OTHER]) == ["embeddings", "text_completion", "text_completion"]
+    assert found[""] == ["chat"]
+    of_event: dict[str, list[str]] = {}
+    for line in logs:
+        if line["event"].startswith("request_"):
+            of_event.setdefault(line["event"], []).append(line.get("trace_id", ""))
+    assert sorted(of_event["request_opened"]) == sorted([TRACE, OTHER, TRACE, ""])
+    assert sorted(of_event["request_finished"]) == sorted([TRACE] * 21 + [OTHER] * 2 + [""])
+    assert of_event["request_failed"] == [OTHER, TRACE]
+
+
+async def test_a_request_too_broken_to_be_routed_is_not_logged_as_part_of_the_trace_before_it():
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\ntraceparent: 00-{TRACE}-{PARENT}-01\r\n"
+    with capture_logs() as logs:
+        async with serving() as served:
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
+            writer.write(f"{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}".encode())
+            answered = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(re.search(rb"Content-Length: (\d+)", answered)[1]))  # type: ignore[index]  # it is there
+            writer.write(b"this is not HTTP\r\n\r\n")
+            await reader.read()
+            writer.close()
+            await writer.wait_closed()
+    assert [line.get("trace_id") for line in logs if line["event"] == "request_failed"] == [TRACE, None]
 
 
 async def test_without_a_parent_each_stream_is_a_trace_of_its_own_and_samples_are_streams():

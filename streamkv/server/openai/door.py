@@ -32,7 +32,7 @@ from streamkv.server.openai.requests import (
 from streamkv.server.openai.sse import Timing, send_whole
 from streamkv.server.openai.tokenize import DetokenizeRequest, TokenizeRequest, Tokenizing
 from streamkv.server.principal import principal_of
-from streamkv.server.request_id import request_id
+from streamkv.server.request_id import about
 from streamkv.server.routes import Access, Handler, Route
 from streamkv.text.streams import TextStreams
 
@@ -109,7 +109,7 @@ class OpenAIDoor:
         except ConnectionError:
             raise
         except Exception:
-            log.exception("handler_failed", rid=request_id(request))
+            log.exception("handler_failed", **about(request))
             return self._refusal(StreamKVError("the server failed on this request; its log says why"))
 
     def _refusal(self, error: StreamKVError) -> web.Response:

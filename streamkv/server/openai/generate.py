@@ -26,7 +26,7 @@ from streamkv.server.openai.requests import GenerationRequest
 from streamkv.server.openai.shapes import Head
 from streamkv.server.openai.sse import DONE, EventStream, Timing, abort, event
 from streamkv.server.report import check_report
-from streamkv.server.request_id import request_id
+from streamkv.server.request_id import about
 from streamkv.text.events import Finished
 
 __all__ = ["Generating", "json_response"]
@@ -71,7 +71,7 @@ class Generating:
         Raises:
             StreamKVError: it cannot be served.
         """
-        rid, body, streams = request_id(request), wish.body, self._work.streams
+        names, body, streams = about(request), wish.body, self._work.streams
         prepare = partial(streams.prepare, params=body.params, is_chat=body.is_chat, tools=body.tools)
         prompts = await prepare_each("prompt", wish.prompts, prepare)
         # Each choice of a completion shows its prompt's log-probabilities.
@@ -90,7 +90,7 @@ class Generating:
             context = AnswerContext(head, body.params, prompts, self._names, wish.usage, generation.prompt_logprobs, wish.tier)
             await generation.open(wish.principal, priority=wish.priority, salt=wish.salt)
             tokens = sum(len(prepared.token_ids) for prepared in prompts)
-            log.info("request_opened", rid=rid, id=ident, num_prompts=len(prompts), samples=samples, prompt_tokens=tokens)
+            log.info("request_opened", **names, id=ident, num_prompts=len(prompts), samples=samples, prompt_tokens=tokens)
             if wish.stream:
                 return await self._stream(request, generation, dialect(context), len(prompts) * samples)
             await generation.ended.wait()
@@ -98,11 +98,11 @@ class Generating:
             if generation.failure is not None:
                 raise generation.failure
             for piece in pieces:
-                _log_end(rid, ident, piece.finished)
+                _log_end(names, ident, piece.finished)
             return await _whole(dialect(context), pieces, generation.prompt_logprobs)
 
     async def _stream(self, request: web.Request, generation: Generation, answer: Answer, running: int) -> web.StreamResponse:
-        rid = request_id(request)
+        names = about(request)
         events = EventStream(request, generation.arrived, self._timing)
         try:
             await events.start()
@@ -113,20 +113,20 @@ class Generating:
                     data += [event(_encode(chunk)) for chunk in answer.chunks(piece)]
                     if piece.finished is not None:
                         running -= 1
-                        _log_end(rid, piece.finished.id, piece.finished)
+                        _log_end(names, piece.finished.id, piece.finished)
                 if running:
                     await events.send(b"".join(data))
             last = answer.last_chunk()
             await events.finish(b"".join((*data, event(_encode(last)) if last is not None else b"", DONE)))
         except StreamKVError as error:
-            log.info("request_failed", rid=rid, code=error.code)
+            log.info("request_failed", **names, code=error.code)
             await self._fail(request, events, error)
         except TimeoutError:
             abort(request, "slow_consumer")
         except ConnectionError:
             pass  # the generation ends with its block
         except Exception:
-            log.exception("request_failed", rid=rid)
+            log.exception("request_failed", **names)
             await self._fail(request, events, StreamKVError("the server failed on this request; its log says why"))
         finally:
             events.close()
@@ -157,11 +157,11 @@ def _fingerprint(info: EngineInfo) -> str:
     return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
-def _log_end(rid: str, ident: str, finished: Finished | None) -> None:
+def _log_end(names: dict[str, str], ident: str, finished: Finished | None) -> None:
     if finished is not None:
         log.info(
             "request_finished",
-            rid=rid,
+            **names,
             id=ident,
             reason=finished.finish_reason,
             prompt=finished.prompt_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from array import array
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -98,6 +99,7 @@ class Generation:
         self._live = set(self._names)
         self._left = [samples] * len(prompts)  # samples of each prompt that have not ended
         self._next = 0  # prompt to be submitted
+        self._context = contextvars.copy_context()  # of the request, which later prompts belong to as well
         self._openings: list[asyncio.Task[None]] = []
         self._principal, self._priority, self._salt = ANONYMOUS, 0, ""  # until it is opened
         self._held = ExitStack()
@@ -152,7 +154,7 @@ class Generation:
         if self.failure is not None or self._next == len(self._prompts):
             return
         try:
-            self._submit_next().add_done_callback(self._opened)
+            self._context.run(self._submit_next).add_done_callback(self._opened)
         except StreamKVError as error:
             self.fail(error)
 

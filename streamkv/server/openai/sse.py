@@ -12,6 +12,7 @@ import structlog
 from aiohttp import web
 
 from streamkv.server.config import ServerConfig
+from streamkv.server.request_id import about
 
 __all__ = ["DONE", "HEARTBEAT_S", "EventStream", "Timing", "abort", "event", "send_whole"]
 
@@ -154,5 +155,5 @@ def abort(request: web.Request, reason: str) -> None:
     """End the connection at once: a polite end would wait for a client that does not read."""
     transport: Any = request.transport
     if transport is not None:
-        log.warning("aborted", reason=reason, peer=request.remote)
+        log.warning("aborted", **about(request), reason=reason, peer=request.remote)
         transport.abort()
