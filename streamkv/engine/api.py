@@ -152,6 +152,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     """One consistent look at the engine. free + cached + used = num_blocks.
 
     Attributes:
+        asleep: of those waiting: who waits for credit.
         evictions: cached blocks that were lost to others.
         step_tokens: steps by number of tokens computed: up to `STEP_TOKEN_BOUNDS[i]`, and one entry more for larger ones.
         computed_tokens: by all steps, of prompts and outputs; more than were asked for where preempted ones are computed again.
@@ -169,6 +170,7 @@ class EngineStats(msgspec.Struct, frozen=True):
     output_tokens: int
     preemptions: int
     last_step_at: float
+    asleep: int = 0
     evictions: int = 0
     step_tokens: tuple[int, ...] = ()
     computed_tokens: int = 0

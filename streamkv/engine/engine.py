@@ -194,6 +194,7 @@ class InProcessEngine:
             output_tokens=stats.output_tokens,
             preemptions=stats.preemptions,
             last_step_at=self._last_step_at,
+            asleep=stats.parked,
             evictions=pool.num_evictions,
             step_tokens=tuple(self._step_tokens),
             computed_tokens=self._computed_tokens,

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-__all__ = ["CONTENT_TYPE", "Counter", "Family", "Gauge", "Histogram", "exposition", "quantile"]
+__all__ = ["CONTENT_TYPE", "Counter", "Family", "Gauge", "Histogram", "Summary", "exposition", "quantile"]
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -73,6 +73,28 @@ class Gauge(_Valued):
     def add(self, amount: float, *labels: str) -> None:
         """It is so much more, or less, than before."""
         self.values[labels] = self.values.get(labels, 0.0) + amount
+
+
+class Summary(Family):
+    """Sum and number of what was observed, for each combination of labels."""
+
+    kind = "summary"
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...]) -> None:
+        super().__init__(name, text, labels)
+        self.values: dict[tuple[str, ...], tuple[float, int]] = {}
+
+    def observe(self, value: float, *labels: str) -> None:
+        """One more."""
+        total, count = self.values.get(labels, (0.0, 0))
+        self.values[labels] = total + value, count + 1
+
+    def samples(self) -> Iterator[tuple[str, Labels, float]]:
+        """Two each."""
+        for labels, (total, count) in self.values.items():
+            pairs = tuple(zip(self.labels, labels, strict=True))
+            yield "_sum", pairs, total
+            yield "_count", pairs, count
 
 
 class Histogram(Family):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Final, Literal, get_args
 
 from streamkv.engine.api import KV_STATES, STEP_TOKEN_BOUNDS, EngineInfo, Miss
-from streamkv.observe.exposition import Counter, Family, Gauge, Histogram, exposition
+from streamkv.observe.exposition import Counter, Family, Gauge, Histogram, Summary, exposition
 from streamkv.observe.lag import LoopLag
 
 __all__ = ["FINISHED_REASONS", "GATES", "PREFIXES", "STATES", "Metrics", "Prefix"]
@@ -68,11 +68,19 @@ class Metrics:
         tokens = _one_two_five(info.max_model_len)
         self.running = Gauge("num_requests_running", "Requests that hold KV blocks.")
         self.waiting = Gauge("num_requests_waiting", "Requests in the queue.")
+        why = [("capacity",), ("deferred",)]
+        self.waiting_why = Gauge(
+            "num_requests_waiting_by_reason", "Of those, who waits for a place, and for credit.", ("reason",), why
+        )
         self.kv_usage = Gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
         self.prefix_queries = Counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.")
         self.prefix_hits = Counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache.")
         self.prompt_tokens = Counter("prompt_tokens_total", "Prompt tokens of admitted requests, cached ones included.")
         self.prompt_cached = Counter("prompt_tokens_cached_total", "Prompt tokens that were not computed.")
+        sources = [("local_compute",), ("local_cache_hit",)]
+        self.prompt_sources = Counter("prompt_tokens_by_source_total", "Prompt tokens, computed and not.", ("source",), sources)
+        where = [("device",)]
+        self.prompt_cached_where = Counter("prompt_tokens_cached_by_source_total", "Cached ones, by memory.", ("source",), where)
         self.generated = Counter("generation_tokens_total", "Output tokens.")
         self.preemptions = Counter("num_preemptions_total", "Times a request lost its blocks to others.")
         self.drafts = Counter("spec_decode_num_drafts_total", "Proposals of speculation that were checked.")
@@ -89,6 +97,7 @@ class Metrics:
         self.decode = Histogram("request_decode_time_seconds", "From the first token to the last.", _REQUEST)
         self.inference = Histogram("request_inference_time_seconds", "From admission to the last token.", _REQUEST)
         self.request_prompt = Histogram("request_prompt_tokens", "Prompt tokens of a request.", tokens)
+        self.request_computed = Histogram("request_prefill_kv_computed_tokens", "Those that were computed.", tokens)
         self.request_generated = Histogram("request_generation_tokens", "Output tokens of a request.", tokens)
         self.request_wanted = Histogram("request_max_num_generation_tokens", "Output tokens a request may have.", tokens)
         self.request_n = Histogram("request_params_n", "Samples of a prompt.", (1.0, 2.0, 5.0, 10.0, 20.0))
@@ -97,6 +106,8 @@ class Metrics:
         facts = {"block_size": str(info.block_size), "num_gpu_blocks": str(info.num_blocks), "cache_dtype": info.dtype}
         self.cache_config = Gauge("cache_config_info", "The KV pool.", tuple(facts), [tuple(facts.values())])
         self.cache_config.set(1, *facts.values())
+        self.sleep = Gauge("engine_sleep_state", "Always awake.", ("sleep_state",), [("weights_offloaded",), ("discard_all",)])
+        self.sleep.set(1, "awake")
 
     def _define_sockets(self) -> None:
         """Also vLLM's, and there without labels."""
@@ -132,8 +143,12 @@ class Metrics:
     def _define_process(self) -> None:
         """Under everybody's names, without labels."""
         self.http = Counter("http_requests_total", "HTTP requests answered.", ("handler", "method", "status"))
+        self.http_seconds = Summary("http_request_duration_seconds", "Until the end of the answer.", ("handler", "method"))
         self.resident = Gauge("process_resident_memory_bytes", "Memory of the process.")
         self.cpu = Counter("process_cpu_seconds_total", "Processor time of the process.")
+        self.started = Gauge("process_start_time_seconds", "When the process began, seconds since 1970.")
+        self.files = Gauge("process_open_fds", "Open files and sockets.")
+        self.max_files = Gauge("process_max_fds", "How many there may be.")
 
     def families(self, prefix: Prefix) -> Iterator[tuple[str, Family, tuple[tuple[str, str], ...]]]:
         """(full name, metric, labels that every sample has)."""

@@ -6,8 +6,11 @@ had a token in the step before have waited equally long for this one.
 
 from __future__ import annotations
 
+import os
 import resource
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +27,7 @@ from streamkv.text.stream import PreparedPrompt
 __all__ = ["NullRecorder", "Recorder"]
 
 _PAGE: Final = resource.getpagesize()
+_UPGRADED: Final = 101
 
 
 class _Live:
@@ -71,8 +75,8 @@ class NullRecorder(NullObserver):
     def rejected(self, gate: str) -> None:
         """A request was turned away; `gate` is one of `streamkv.observe.metrics.GATES`."""
 
-    def http(self, handler: str, method: str, status: int) -> None:
-        """A request was answered; `handler` is the route's path as it stands in the table, never what the client sent."""
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """A request was answered in so long; `handler` is the route's path as it stands in the table, not what came."""
 
 
 class Recorder(NullRecorder):
@@ -82,6 +86,7 @@ class Recorder(NullRecorder):
         """`lag` must be started on the loop that serves."""
         self.lag = LoopLag()
         self.metrics = Metrics(info, self.lag)
+        self.metrics.started.set(_started())
         self.outbound: Callable[[], int] = lambda: 0
         """Bytes that wait for readers; whoever knows replaces it."""
         self._live: dict[str, _Live] = {}
@@ -155,6 +160,7 @@ class Recorder(NullRecorder):
         metrics.success.add(1, FINISHED_REASONS[event.finish_reason])
         metrics.e2e.observe(now - live.opened)
         metrics.request_prompt.observe(event.prompt_tokens)
+        metrics.request_computed.observe(event.prompt_tokens - event.cached_tokens)
         metrics.request_generated.observe(event.completion_tokens)
         metrics.request_wanted.observe(live.wanted)
         metrics.stalled.add(why.stalled)
@@ -218,9 +224,11 @@ class Recorder(NullRecorder):
         """Count it."""
         self.metrics.rejects.add(1, gate)
 
-    def http(self, handler: str, method: str, status: int) -> None:
+    def http(self, handler: str, method: str, status: int, seconds: float) -> None:
         """Count it."""
         self.metrics.http.add(1, handler, method, f"{status // 100}xx")
+        if status != _UPGRADED:  # the life of a socket is no answer's
+            self.metrics.http_seconds.observe(seconds, handler, method)
 
     # -- at a scrape ----------------------------------------------------------------------------------------------
 
@@ -230,11 +238,16 @@ class Recorder(NullRecorder):
         total = stats.blocks_free + stats.blocks_cached + stats.blocks_used
         metrics.running.set(stats.running)
         metrics.waiting.set(stats.waiting)
+        metrics.waiting_why.set(stats.waiting - stats.asleep, "capacity")
+        metrics.waiting_why.set(stats.asleep, "deferred")
         metrics.kv_usage.set(stats.blocks_used / total)
         metrics.prefix_queries.reached(stats.prompt_tokens)
         metrics.prefix_hits.reached(stats.cached_tokens)
         metrics.prompt_tokens.reached(stats.prompt_tokens)
         metrics.prompt_cached.reached(stats.cached_tokens)
+        metrics.prompt_cached_where.reached(stats.cached_tokens, "device")
+        metrics.prompt_sources.reached(stats.cached_tokens, "local_cache_hit")
+        metrics.prompt_sources.reached(stats.prompt_tokens - stats.cached_tokens, "local_compute")
         metrics.generated.reached(stats.output_tokens)
         metrics.preemptions.reached(stats.preemptions)
         metrics.drafts.reached(stats.drafts)
@@ -246,9 +259,17 @@ class Recorder(NullRecorder):
             metrics.step_tokens.sum = float(stats.computed_tokens)
         self._sample_blocks(kv)
         metrics.outbound.set(self.outbound())
-        metrics.resident.set(_resident())
+        self._sample_process()
+
+    def _sample_process(self) -> None:
+        """What the system does not tell is 0."""
+        metrics = self.metrics
         usage = resource.getrusage(resource.RUSAGE_SELF)
         metrics.cpu.reached(usage.ru_utime + usage.ru_stime)
+        metrics.max_files.set(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        with suppress(OSError):
+            metrics.resident.set(int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE)
+            metrics.files.set(sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1)  # without the one that looks
 
     def _sample_blocks(self, kv: KVMap) -> None:
         states = np.frombuffer(kv.states, np.uint8)
@@ -261,9 +282,9 @@ class Recorder(NullRecorder):
         self.metrics.shared.set(int((np.frombuffer(kv.counts, "<u2") > 1).sum()))
 
 
-def _resident() -> int:
-    """Bytes; 0 where the system does not tell."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
-    except OSError:
-        return 0
+def _started() -> float:
+    """When this process began, seconds since 1970; 0 where the system does not tell."""
+    with suppress(OSError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # since the machine was started
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0

@@ -78,7 +78,7 @@ class MetricsDoor:
         method = request.method if resource is not None else "none"
         TRACEPARENT.set(read_traceparent(request.headers.get("traceparent")))
         OPERATION.set("chat" if path == "/v1/chat/completions" else "text_completion")
-        status = 500
+        status, began = 500, self._clock()
         try:
             response = await handler(request)
             status = response.status
@@ -93,7 +93,7 @@ class MetricsDoor:
             if since is not None:
                 status = 101  # was the answer; how the socket ended is another matter
                 self.recorder.disconnected(self._clock() - since)
-            self.recorder.http(path, method, status)
+            self.recorder.http(path, method, status, self._clock() - began)
         return response
 
     async def count_socket(self, request: web.Request, response: web.StreamResponse) -> None:

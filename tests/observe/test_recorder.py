@@ -157,14 +157,16 @@ def test_sockets_and_doors_have_their_calls(calls: NullRecorder):
     calls.orphaned(7)
     calls.frame(8, 0.0001)
     calls.rejected("blocks")
-    calls.http("/v1/models", "GET", 404)
+    calls.http("/v1/models", "GET", 404, 0.5)
+    calls.http("/v1/stream", "GET", 101, 3600.0)
     if isinstance(calls, Recorder):
         metrics = calls.metrics
         assert (metrics.sockets.values[()], metrics.sockets_opened.values[()], metrics.slow.values[()]) == (0, 1, 1)
         assert metrics.resumes.values == {("resumed",): 1, ("gone",): 1}
         assert (metrics.replayed.values[()], metrics.orphans.values[()], metrics.frame_tokens.sum) == (40, 7, 8)
         assert metrics.rejects.values["blocks",] == 1
-        assert metrics.http.values == {("/v1/models", "GET", "4xx"): 1}
+        assert metrics.http.values == {("/v1/models", "GET", "4xx"): 1, ("/v1/stream", "GET", "1xx"): 1}
+        assert metrics.http_seconds.values == {("/v1/models", "GET"): (0.5, 1)}
 
 
 async def test_what_the_engine_counts_is_taken_over():

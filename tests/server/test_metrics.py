@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import resource
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -13,20 +17,13 @@ from streamkv.sampling_params import SamplingParams
 from streamkv.server.limits import Quota
 from streamkv.server.principal import Principal
 from streamkv.server.routes import Access
+from tests.observe.vllm_panels import VLLM_PANELS
 from tests.server.serving import Serving, eventually, serving
 
-# What the dashboards ask that vLLM ships, and the labels by which they select.
-VLLM_DASHBOARDS = {
-    *("vllm:e2e_request_latency_seconds", "vllm:inter_token_latency_seconds", "vllm:time_to_first_token_seconds"),
-    *("vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds", "vllm:request_decode_time_seconds"),
-    *("vllm:request_prompt_tokens", "vllm:request_generation_tokens", "vllm:request_max_num_generation_tokens"),
-    *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:cache_config_info"),
-    *("vllm:prompt_tokens", "vllm:generation_tokens", "vllm:request_success", "vllm:num_preemptions"),
-    *("vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:prompt_tokens_cached"),
-    *("vllm:request_time_per_output_token_seconds", "vllm:request_inference_time_seconds", "vllm:iteration_tokens_total"),
-    *("vllm:websocket_connections_active", "vllm:websocket_connections", "vllm:websocket_connection_duration_seconds"),
-    "http_requests",
-}
+# What there is nothing of here; docs/observability.md names the panels that stay empty for it.
+ABSENT = ("external_prefix_cache_", "mm_cache_", "lora_requests_info", "sleep_mode_operation_", "rl_weight_update_", "estimated_")
+ABSENT += ("kv_block_", "num_requests_kv_fetch_by_stage", "nixl_", "kv_offload_", "simple_kv_offload_")
+ABSENT += ('prompt_tokens_by_source_total{source="external_kv_transfer"}', "spec_decode_num_accepted_tokens_per_pos_total")
 TTFT_BUCKETS = (
     "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1.0 2.5 5.0 7.5 10.0 20.0 40.0 80.0 160.0 640.0 2560.0 +Inf"
 )
@@ -51,23 +48,74 @@ def value(families: dict[str, Any], name: str, **labels: str) -> float:
     return float(found)
 
 
+def selected(families: dict[str, Any], series: str) -> list[Any]:
+    """The samples that a panel's selector takes."""
+    name, _, fixed = series.partition("{")
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', fixed))
+    names = {name, f"{name}_bucket", f"{name}_sum", f"{name}_count"}
+    samples = [sample for family in families.values() for sample in family.samples]
+    return [sample for sample in samples if sample.name in names and labels.items() <= sample.labels.items()]
+
+
 async def test_vllms_dashboards_find_their_metrics_labels_and_buckets():
     async with serving() as served:
+        body = {"prompt": "abc", "max_tokens": 3}
+        async with served.http.post(f"{served.base}/v1/completions", json=body) as answer:
+            assert answer.status == 200
         families = await scraped(served)
-        assert families.keys() >= VLLM_DASHBOARDS, VLLM_DASHBOARDS - families.keys()
-        for name, family in families.items():
-            for sample in family.samples:
-                if name.startswith("vllm:") and "websocket" not in name:
-                    assert (sample.labels["model_name"], sample.labels["engine"]) == ("fake", "0"), sample
-        for name, buckets in (
-            ("vllm:time_to_first_token_seconds", TTFT_BUCKETS),
-            ("vllm:inter_token_latency_seconds", ITL_BUCKETS),
-            ("vllm:request_queue_time_seconds", E2E_BUCKETS),
-        ):
-            assert " ".join(s.labels["le"] for s in families[name].samples if s.name.endswith("_bucket")) == buckets
-        assert [s.labels["le"] for s in families["vllm:request_prompt_tokens"].samples if "le" in s.labels][:5] == [
-            *("1.0", "2.0", "5.0", "10.0", "20.0")
-        ]
+    empty = []
+    for file, panels in VLLM_PANELS.items():
+        for title, asked in panels.items():
+            found = {series: bool(selected(families, series)) for series in asked}
+            for series, there in found.items():
+                assert there != series.removeprefix("vllm:").startswith(ABSENT), (file, title, series)
+            if not any(found.values()):
+                empty.append(f"*{title}*")
+    page = Path("docs/observability.md").read_text()
+    assert [title for title in empty if title not in page] == [], "panels without data that the page does not name"
+    for name, family in families.items():
+        for sample in family.samples:
+            if name.startswith("vllm:") and "websocket" not in name:
+                assert (sample.labels["model_name"], sample.labels["engine"]) == ("fake", "0"), sample
+    for name, buckets in (
+        ("vllm:time_to_first_token_seconds", TTFT_BUCKETS),
+        ("vllm:inter_token_latency_seconds", ITL_BUCKETS),
+        ("vllm:request_time_per_output_token_seconds", ITL_BUCKETS),
+        ("vllm:request_queue_time_seconds", E2E_BUCKETS),
+    ):
+        assert " ".join(s.labels["le"] for s in families[name].samples if s.name.endswith("_bucket")) == buckets
+    assert [s.labels["le"] for s in families["vllm:request_prompt_tokens"].samples if "le" in s.labels][:5] == [
+        *("1.0", "2.0", "5.0", "10.0", "20.0")
+    ]
+
+
+async def test_what_vllms_board_of_services_calls_down_is_up():
+    async with serving() as served:
+        families = await scraped(served)
+    assert value(families, "vllm:engine_sleep_state", sleep_state="awake") == 1
+    assert value(families, "vllm:engine_sleep_state", sleep_state="discard_all") == 0
+
+
+async def test_prompt_tokens_add_up_however_they_are_asked_for():
+    async with serving() as served, served.raw() as raw:
+        for name in "ab":
+            await raw.create(name, "abc" * 20, max_tokens=2)
+            await raw.ended(name)
+        families = await scraped(served)
+    computed = value(families, "vllm:prompt_tokens_by_source_total", source="local_compute")
+    cached = value(families, "vllm:prompt_tokens_by_source_total", source="local_cache_hit")
+    assert computed + cached == value(families, "vllm:prompt_tokens_total") == 120
+    assert cached == value(families, "vllm:prompt_tokens_cached_by_source_total", source="device")
+    assert computed == value(families, "vllm:request_prefill_kv_computed_tokens_sum")
+
+
+async def test_the_process_tells_of_itself():
+    async with serving() as served:
+        families = await scraped(served)
+    itself = psutil.Process()
+    assert value(families, "process_start_time_seconds") == pytest.approx(itself.create_time(), abs=2)
+    assert value(families, "process_open_fds") == pytest.approx(itself.num_fds(), abs=8)
+    assert value(families, "process_max_fds") == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 async def test_a_stream_is_counted_once_it_has_ended_and_a_socket_while_it_is_open():
@@ -96,6 +144,9 @@ async def test_a_stream_is_counted_once_it_has_ended_and_a_socket_while_it_is_op
     assert value(after, "streamkv:streams_active", state="stalled") == 0
     assert value(after, "http_requests_total", handler="/metrics", status="2xx") == 1
     assert value(after, "http_requests_total", handler="/v1/stream", status="1xx") == 1
+    assert value(after, "http_request_duration_seconds_count", handler="/metrics") == 1
+    (durations,) = (family for name, family in after.items() if name == "http_request_duration_seconds")
+    assert "/v1/stream" not in {sample.labels["handler"] for sample in durations.samples}, "a socket's life is no answer's"
 
 
 async def test_what_clients_make_up_makes_no_labels():
