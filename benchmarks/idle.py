@@ -9,17 +9,9 @@ resident set, after some other connections have made it import and allocate what
 from __future__ import annotations
 
 import argparse
-import asyncio
-from multiprocessing.connection import Connection
-
-import aiohttp
-import uvloop
 
 from benchmarks.report import print_setting, print_table
-from benchmarks.server import LOOPS, MIB, Setting, child, more_files, open_socket, serve
-from streamkv.protocol import messages as m
-
-CODEC = m.CODECS["streamkv.v1.json"]
+from benchmarks.server import LOOPS, MIB, Setting, child, idle_client, serve
 
 
 def main() -> None:
@@ -40,7 +32,7 @@ def _idle(count: int, setting: Setting) -> tuple[str, ...]:
         port: int = to_server.recv()
         before = after = 0
         for connections in (min(count, 20), count):
-            with child(_client, port, connections) as (_, to_client):
+            with child(idle_client, port, connections) as (_, to_client):
                 before = server.memory_info().rss
                 to_client.send("connect")
                 assert to_client.recv() == "connected"
@@ -52,21 +44,6 @@ def _idle(count: int, setting: Setting) -> tuple[str, ...]:
         to_server.recv()
     grown = (after - before) / count / 1024
     return f"{count:,}", f"{before / MIB:.1f}", f"{after / MIB:.1f}", f"{grown:.1f}", f"{left / MIB:.1f}"
-
-
-def _client(parent: Connection, port: int, count: int) -> None:
-    more_files()
-    uvloop.run(_stay(parent, port, count))
-
-
-async def _stay(parent: Connection, port: int, count: int) -> None:
-    await asyncio.to_thread(parent.recv)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        sockets = [await open_socket(http, port, CODEC) for _ in range(count)]
-        parent.send("connected")
-        await asyncio.to_thread(parent.recv)
-        await asyncio.gather(*(socket.close() for socket in sockets))
-    parent.send("left")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The server without a model: latency from the engine's queue to the client, CPU, lag of the event loop.
 
-python -m benchmarks.server [--streams 500] [--rate 20] [--seconds 10] [--connections 10] [--rounds 1] [--quick]
+python -m benchmarks.server [--streams 500] [--rate 20] [--seconds 10] [--connections 10] [--idle 0] [--rounds 1] [--quick]
 
 A real server over a fake engine in one process, a client in another, real sockets between them. The engine steps all streams
 together, so every step is a burst of one token per stream. A token's time starts when its step is put into the engine's
@@ -16,7 +16,7 @@ import resource
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from multiprocessing.connection import Connection
 from typing import Any, Final
@@ -60,6 +60,8 @@ class Setting:
     flush_s: float
     stalled: int = 0
     """Streams of each connection that accept `CREDIT` tokens and no more."""
+    idle: int = 0
+    """Further connections, of one more process, on which nothing happens but heartbeats."""
 
     @property
     def max_tokens(self) -> int:
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0, help="tokens per second of each stream (%(default)s)")
     parser.add_argument("--seconds", type=float, default=10.0, help=f"measured, after {WARM_UP_S:g} s of warm-up (%(default)s)")
     parser.add_argument("--connections", type=int, default=10, help="that share the streams (%(default)s)")
+    parser.add_argument("--idle", type=int, default=0, help="further connections without streams (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="of each row; shown is the median (%(default)s)")
     parser.add_argument("--codec", choices=["json", "msgpack"], default="json")
     parser.add_argument("--loop", choices=LOOPS, default="uvloop", help="of the server (%(default)s)")
@@ -81,6 +84,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.streams, arguments.seconds, arguments.connections = 20, 1.0, 2
+        arguments.idle = min(arguments.idle, 50)
     print_setting("streamkv", "aiohttp", "uvloop", "msgspec")
     print(f"server on {arguments.loop}, client on uvloop, {arguments.codec} frames\n", flush=True)
     found = [
@@ -92,13 +96,14 @@ def main() -> None:
     ]
     title = (
         f"{arguments.streams} streams x {arguments.rate:g} tok/s on {arguments.connections} connections, {arguments.seconds:g} s"
+        f", {arguments.idle:,} idle connections beside them"
     )
     header = ["a token waits for others at most", "p50 ms", "p90 ms", "p99 ms", "max ms", "tok/s", "tokens a frame"]
-    print_table(title, [*header, "loop lag p99 ms", "server CPU %", "client CPU %"], rows)
+    print_table(title, [*header, "loop lag p99 ms", "server CPU %", "client CPU %", "server MiB"], rows)
 
 
 def setting_of(arguments: argparse.Namespace, flush_s: float) -> Setting:
-    names = ("streams", "rate", "seconds", "connections", "codec", "loop")
+    names = ("streams", "rate", "seconds", "connections", "codec", "loop", "idle")
     return Setting(**{name: getattr(arguments, name) for name in names}, flush_s=flush_s)
 
 
@@ -118,13 +123,15 @@ class Figures:
     lag: float
     server_cpu: float
     client_cpu: float
+    resident: float
+    """MiB of the server's process."""
     stalled: list[int]
     """Tokens that each stalled stream has had."""
 
 
 def median(rounds: Sequence[Figures]) -> list[str]:
     """Cells, each the median of its own."""
-    digits = {"rate": 0, "tokens_a_frame": 2, "server_cpu": 0, "client_cpu": 0}
+    digits = {"rate": 0, "tokens_a_frame": 2, "server_cpu": 0, "client_cpu": 0, "resident": 0}
     names = [item.name for item in fields(Figures) if item.name != "stalled"]
     return [f"{statistics.median(getattr(found, name) for found in rounds):.{digits.get(name, 1)}f}" for name in names]
 
@@ -133,10 +140,12 @@ def latency(setting: Setting) -> Figures:
     """One run."""
     with child(serve, setting) as (server, to_server):
         port: int = to_server.recv()
-        with child(_client, setting, port) as (client, to_client):
+        with _idle_beside(port, setting.idle), child(_client, setting, port) as (client, to_client):
             assert to_client.recv() == "running"
             time.sleep(WARM_UP_S)  # the figure is a rate over a time, not a state that could be waited for
+            to_server.send("measure")
             shares = _cpu_shares((server, client), setting.seconds)
+            resident = server.memory_info().rss / MIB
             received: dict[str, list[tuple[float, int, int]]] = to_client.recv()
         to_server.send("stop")
         queued: dict[str, list[float]]
@@ -153,7 +162,20 @@ def latency(setting: Setting) -> Figures:
                 latencies += [(at - queued_at) * 1000 for queued_at in queued[stream][offset : offset + count]]
                 frames += 1
     points = [percentile(latencies, share) for share in (0.5, 0.9, 0.99, 1.0)]
-    return Figures(*points, len(latencies) / setting.seconds, len(latencies) / frames, lag * 1000, *shares, stalled)
+    return Figures(*points, len(latencies) / setting.seconds, len(latencies) / frames, lag * 1000, *shares, resident, stalled)
+
+
+@contextmanager
+def _idle_beside(port: int, count: int) -> Iterator[None]:
+    """So many connections are there inside the block."""
+    with child(idle_client, port, count) if count else nullcontext((None, None)) as (_, to_client):
+        if to_client is not None:
+            to_client.send("connect")
+            assert to_client.recv() == "connected"
+        yield
+        if to_client is not None:
+            to_client.send("leave")
+            assert to_client.recv() == "left"
 
 
 def _cpu_shares(processes: tuple[psutil.Process, ...], seconds: float) -> list[float]:
@@ -209,7 +231,7 @@ def serve(parent: Connection, setting: Setting) -> None:
 
 
 async def _serve(parent: Connection, setting: Setting) -> None:
-    """Listen until the parent says stop, then tell it when every token was queued."""
+    """Listen until the parent says stop; then tell it when every token was queued, and how late the loop was since "measure"."""
     engine = RecordingEngine(1.0 / setting.rate)
     engine.start()
     tokenizer = TextTokenizer(make_tokenizer(VOCAB))
@@ -222,7 +244,8 @@ async def _serve(parent: Connection, setting: Setting) -> None:
             lag.start()
             mark = lag.mark()
             parent.send(server.port)
-            await asyncio.to_thread(parent.recv)
+            while await asyncio.to_thread(parent.recv) != "stop":  # else it is "measure"
+                mark = lag.mark()
             late = lag.since(mark)
             lag.stop()
     await engine.close()
@@ -259,6 +282,29 @@ async def _read_all(parent: Connection, setting: Setting, port: int) -> None:
     for frames in reads:
         received |= _sorted_out(frames, codec)
     parent.send(received)
+
+
+def idle_client(parent: Connection, port: int, count: int) -> None:
+    """Connects when told so, says hello, stays until told to leave."""
+    more_files()
+    uvloop.run(_stay(parent, port, count))
+
+
+async def _stay(parent: Connection, port: int, count: int) -> None:
+    await asyncio.to_thread(parent.recv)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        sockets = [await open_socket(http, port, m.CODECS["streamkv.v1.json"]) for _ in range(count)]
+        answering = [asyncio.create_task(_answer_heartbeats(socket)) for socket in sockets]
+        parent.send("connected")
+        await asyncio.to_thread(parent.recv)
+        await asyncio.gather(*(socket.close() for socket in sockets), *answering)
+    parent.send("left")
+
+
+async def _answer_heartbeats(socket: aiohttp.ClientWebSocketResponse) -> None:
+    """As long as somebody reads, aiohttp answers."""
+    async for _ in socket:
+        raise AssertionError("nothing was to come on an idle connection")
 
 
 async def open_socket(http: aiohttp.ClientSession, port: int, codec: m.Codec) -> aiohttp.ClientWebSocketResponse:

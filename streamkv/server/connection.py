@@ -78,7 +78,7 @@ class Connection:
         request: web.Request,
         codec: Codec,
         store: SessionStore,
-        authenticate: Callable[[str | None], Principal | None],
+        authenticate: Callable[[web.Request, str | None], Principal | None],
         config: ServerConfig,
         on_idle: Callable[[], None],
         recorder: NullRecorder,
@@ -86,7 +86,7 @@ class Connection:
         """Take over a prepared socket.
 
         Args:
-            authenticate: who is behind it, told by the token of its first frame if by nothing before.
+            authenticate: who is behind it, told by its request and the token of its first frame.
             on_idle: called whenever nothing is left to send and no stream is alive.
         """
         self.name = name
@@ -104,15 +104,16 @@ class Connection:
         self._wake = _Bell()
         self._room = _Bell()  # the writer has sent something, or has ended
         self._closing: Close | None = None
+        self._hello_limit: asyncio.TimerHandle | None = None  # until it has come; a timer takes more than half a kilobyte
 
     async def run(self) -> None:
         """Until either side closes."""
-        hello = asyncio.get_running_loop().call_later(self._config.limits.hello_s, self._hello_late)
+        self._hello_limit = asyncio.get_running_loop().call_later(self._config.limits.hello_s, self._hello_late)
         writer = asyncio.create_task(self._write(), name=f"{self.name}-writer")
         try:
             await self._read(writer)
         finally:
-            hello.cancel()
+            self._end_hello_limit()
             if self.live is not None:
                 self.live.detach(self)
             if self._closing is None:
@@ -145,16 +146,21 @@ class Connection:
         if isinstance(hello, Close):
             self.close(hello.code, hello.reason)
             return
-        principal = self._authenticate(hello.token)
+        principal = self._authenticate(self._request, hello.token)
         if principal is None:
             self.close(4401, "unauthorized: send a valid key or ticket as token")
             return
         self.live = self._store.open(hello, self._codec, principal, self, time.monotonic())
+        self._end_hello_limit()
         self.wake()
 
     def _hello_late(self) -> None:
-        if self.live is None:
-            self.close(4408, "hello_timeout: send hello first")
+        self.close(4408, "hello_timeout: send hello first")
+
+    def _end_hello_limit(self) -> None:
+        if self._hello_limit is not None:
+            self._hello_limit.cancel()
+            self._hello_limit = None
 
     # -- the session's peer ---------------------------------------------------------------------------------------
 
@@ -215,9 +221,7 @@ class Connection:
                 if self.idle:
                     self._on_idle()
                 self._wake.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._next_due()):
-                        await self._wake.wait()
+                await self._woken(self._next_due())
             await self._close_socket(self._closing)
         except TimeoutError:
             # aiohttp's heartbeat closes politely and waits for a flush that never comes; only abort frees the handler.
@@ -229,6 +233,15 @@ class Connection:
             self.abort("writer_failed")
         finally:
             self._room.set()
+
+    async def _woken(self, due_s: float | None) -> None:
+        """Wait until there may be something to send, or until something is due."""
+        if due_s is None:  # as nearly all connections are nearly always: without the objects of a time limit
+            await self._wake.wait()
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(due_s):
+                await self._wake.wait()
 
     async def _send_next(self) -> bool:
         """Send one message; False if none is due."""

@@ -130,7 +130,6 @@ class LiveSession:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._gone = False
-        self._log = log.bind(session=name, tenant=principal.tenant) if principal.tenant else log.bind(session=name)
 
     # -- connections ----------------------------------------------------------------------------------------------
 
@@ -361,8 +360,8 @@ class LiveSession:
 
     def _about(self, rid: str, traceparent: str | None) -> structlog.stdlib.BoundLogger:
         """For what happens to one request."""
-        traced = {} if traceparent is None else {"trace_id": trace_id(traceparent)}
-        bound: structlog.stdlib.BoundLogger = self._log.bind(rid=rid, **traced)
+        names = {"session": self.name, "rid": rid, "tenant": self.principal.tenant, "trace_id": trace_id(traceparent)}
+        bound: structlog.stdlib.BoundLogger = log.bind(**{name: value for name, value in names.items() if value})
         return bound
 
     def _log_end(self, event: Finished) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import structlog
 from aiohttp import web
@@ -62,13 +61,14 @@ class StreamDoor:
             # aiohttp by itself would go on without any protocol.
             return error_response(400, f"offer the WebSocket subprotocol {' or '.join(SUBPROTOCOLS)}")
         name = f"c{next(self._names)}"
-        authenticate = partial(self._guard.authenticate_hello, request)
+        authenticate = self._guard.authenticate_hello
         connection = Connection(
             name, socket, request, CODECS[chosen], self.sessions, authenticate, self._config, self._moved, self._recorder
         )
         self.connections.add(connection)  # before the first await: it counts, and a drain must not miss it
         try:
             await socket.prepare(request)
+            socket.headers.clear()  # they have been sent, and would take half a kilobyte of every idle connection
             log.info("connected", connection=connection.name, protocol=chosen, peer=request.remote)
             await connection.run()
         finally:
