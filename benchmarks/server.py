@@ -297,6 +297,7 @@ async def _stay(parent: Connection, port: int, count: int) -> None:
         answering = [asyncio.create_task(_answer_heartbeats(socket)) for socket in sockets]
         parent.send("connected")
         await asyncio.to_thread(parent.recv)
+        assert not any(task.done() for task in answering), "idle connections were lost"
         await asyncio.gather(*(socket.close() for socket in sockets), *answering)
     parent.send("left")
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import psutil
 import pytest
 
 from streamkv.protocol.messages import MAX_CREDIT
 from tests.server.bad_values import VALID
 from tests.server.serving import CONTEXT, VOCAB, eventually, serving
 from tests.server.test_bad_input import beside_a_live_stream, refused
+from tests.server.websocket_cases import CONTINUATION, TEXT, frame, json_ping
 
 CODECS = ["json", "msgpack"]
 
@@ -260,3 +262,19 @@ async def test_a_socket_that_breaks_the_websocket_protocol_ends_alone():
     async with beside_a_live_stream("json") as (served, _), served.raw() as raw:
         raw.socket._writer.transport.write(b"\xff\xff garbage that is no frame")
         assert (await raw.closed()).code == aiohttp.WSCloseCode.PROTOCOL_ERROR
+
+
+async def test_half_a_million_empty_parts_of_a_message_fill_nothing_and_keep_nobody_waiting():
+    empty = frame(CONTINUATION, fin=False) * 10_000
+    async with beside_a_live_stream("json") as (served, _), served.raw() as raw:
+        process = psutil.Process()
+        before = process.memory_info().rss
+        transport = raw.socket._writer.transport
+        transport.write(frame(TEXT, fin=False))
+        for _ in range(50):
+            transport.write(empty)
+            async with served.http.get(f"{served.base}/health") as answer:  # others are served meanwhile
+                assert answer.status == 200
+        transport.write(frame(CONTINUATION, json_ping(40)))
+        await raw.wait_for_type("pong")  # and all of it has been read
+        assert process.memory_info().rss - before < 16 << 20

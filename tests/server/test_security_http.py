@@ -19,6 +19,7 @@ import aiohttp
 import psutil
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from streamkv.errors import ConfigError
 from streamkv.server.app import Server
@@ -100,6 +101,8 @@ def post(served: Serving, *headers: tuple[str, str], close: bool = True) -> byte
         ("signed length", b"POST /v1/ws-tickets HTTP/1.1\r\nHost: x\r\nContent-Length: +2\r\n\r\n{}"),
         ("underscores in the length", b"POST /v1/ws-tickets HTTP/1.1\r\nHost: x\r\nContent-Length: 1_0\r\n\r\n{}"),
         ("length of other digits", "POST /v1/ws-tickets HTTP/1.1\r\nHost: x\r\nContent-Length: ２\r\n\r\n{}".encode()),
+        ("two hosts", b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n"),
+        ("two types", b"POST /v1/ws-tickets HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\nContent-Type: c/d\r\n\r\n"),
         ("enormous length", b"POST /v1/ws-tickets HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\n"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -126,6 +129,34 @@ async def test_what_follows_a_refused_request_is_not_taken_for_another_one():
             said = await exchange(served.server.port, first + inner)
             assert said.count(b"HTTP/1.1 ") <= 1, said
             assert b'"status": "ok"' not in said
+
+
+async def test_a_header_that_comes_in_pieces_has_the_same_bound():
+    async with serving() as served, bounded(served):
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.server.port)
+        writer.write(b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+        sent = 0
+        reading = asyncio.create_task(reader.read())
+        while not reading.done() and sent < MIB:
+            writer.write(b"a" * 1000)
+            sent += 1000
+            with suppress(ConnectionError):
+                await writer.drain()
+            await ask(served, "GET", "/health")  # the server has read what was written
+        said = (await asyncio.gather(reading, return_exceptions=True))[0]
+        assert isinstance(said, ConnectionError) or said[9:12] in (b"", b"400")
+        assert sent < 2 * 8190 + 1000
+        writer.transport.abort()
+
+
+async def test_cookies_that_are_none_are_neither_read_nor_logged(caplog: pytest.LogCaptureFixture):
+    """CVE-2025-69230: a warning for each of them."""
+    cookies = "; ".join(f'a@b[{index}]="' for index in range(500))
+    with capture_logs() as logs:
+        async with serving() as served:
+            assert (await ask(served, "GET", "/health", {"Cookie": cookies})).status == 200
+    assert not caplog.records
+    assert not logs
 
 
 # -- slow ones ---------------------------------------------------------------------------------------------------------
