@@ -35,6 +35,7 @@ namespace {
 constexpr int PANEL = 64, V = PANEL / W;
 constexpr int STEP = 32;         // inputs of one AMX tile, and of one int4 group
 constexpr int CHUNK = 512;       // inputs between two visits to the sums in memory
+constexpr int ROOM = 128;        // the same where they are unpacked: a third of a first-level cache
 constexpr int ROWS = 256;        // most rows of a block
 constexpr int TILE = 16;         // rows of one AMX tile
 constexpr int64_t CACHE = 1 << 20;  // bytes of a block's x: half of a second-level cache
@@ -68,14 +69,14 @@ inline vf number(vu word, int bit, int bits) {  // the field at `bit`, plus 2^(2
 inline vu pair(vf even, vf odd) { return (vu)even >> 16 | (vu)odd; }
 inline vu rotated(vu x) { return x << 16 | x >> 16; }
 
-void from_int8(const char* words, vu_any* out, int steps, Stream& stream) {
-  for (int s = 0; s < steps; s++, stream.fetch())
-    for (int i = 0; i < 8; i++, words += 4 * PANEL, out += 2 * V)
-      for (int v = 0; v < V; v++) {
-        const vu low = *(const vu_any*)(words + 4 * W * v), high = rotated(low);
-        out[v] = pair(number(low, 7, 8) - 65664.f, number(low, 15, 8) - 384.f);
-        out[V + v] = pair(number(high, 7, 8) - 65664.f, number(high, 15, 8) - 384.f);
-      }
+inline void from_int8(const char* words, vu_any* out) {
+  for (int i = 0; i < 8; i++, words += 4 * PANEL, out += 2 * V)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      const vu low = *(const vu_any*)(words + 4 * W * v), high = rotated(low);
+      out[v] = pair(number(low, 7, 8) - 65664.f, number(low, 15, 8) - 384.f);
+      out[V + v] = pair(number(high, 7, 8) - 65664.f, number(high, 15, 8) - 384.f);
+    }
 }
 
 inline vu widened(const char* p) {
@@ -85,32 +86,44 @@ inline vu widened(const char* p) {
   return __builtin_convertvector(bytes, vu);
 }
 
-void from_int4(const char* groups, vu_any* out, int steps, Stream& stream) {
-  for (int s = 0; s < steps; s++, groups += 1152, out += 16 * V, stream.fetch())
-    for (int v = 0; v < V; v++) {
-      const vf scale = (vf)((widened(groups + W * v) << 20) + (96u << 23));
-      const vf zero = __builtin_convertvector(widened(groups + PANEL + W * v), vf);
-      for (int i = 0; i < 4; i++) {
-        const vu word = *(const vu_any*)(groups + 128 + 4 * (PANEL * i + W * v));
-        for (int half = 0; half < 2; half++) {
-          const vu x = half ? rotated(word) : word;
-          vf y[4];
+inline void from_int4(const char* group, vu_any* out) {
+  for (int v = 0; v < V; v++) {
+    const vf scale = (vf)((widened(group + W * v) << 20) + (96u << 23));
+    const vf zero = __builtin_convertvector(widened(group + PANEL + W * v), vf);
+    for (int i = 0; i < 4; i++) {
+      const vu word = *(const vu_any*)(group + 128 + 4 * (PANEL * i + W * v));
+      for (int half = 0; half < 2; half++) {
+        const vu x = half ? rotated(word) : word;
+        vf y[4];
 #pragma GCC unroll 4
-          for (int j = 0; j < 4; j++)  // exact with and without a fused multiply-add: at most 17 + 4 bits
-            y[j] = number(x, 7 + 4 * j, 4) * scale - (zero + (float)(1 << (16 - 4 * j))) * scale;
-          out[(4 * i + 2 * half) * V + v] = pair(y[0], y[1]);
-          out[(4 * i + 2 * half + 1) * V + v] = pair(y[2], y[3]);
-        }
+        for (int j = 0; j < 4; j++)  // exact with and without a fused multiply-add: at most 17 + 4 bits
+          y[j] = number(x, 7 + 4 * j, 4) * scale - (zero + (float)(1 << (16 - 4 * j))) * scale;
+        out[(4 * i + 2 * half) * V + v] = pair(y[0], y[1]);
+        out[(4 * i + 2 * half + 1) * V + v] = pair(y[2], y[3]);
       }
     }
+  }
 }
 
-// `steps` steps of a panel as bf16 [16 * steps][64][2]: where they lie, or made in `room`.
-const bf16* as_bf16(int format, const char* weights, bf16* room, int steps, Stream& stream) {
-  if (format == BF16) return (const bf16*)weights;
-  (format == INT8 ? from_int8 : from_int4)(weights, (vu_any*)room, steps, stream);
-  return room;
-}
+// A chunk of a panel: bf16 [16 * steps][64][2], where it lies or in `room`. at(s) is step s.
+struct Ready {
+  const bf16* chunk;
+  const bf16* at(int s) const { return chunk + s * STEP * PANEL; }
+};
+template <int FORMAT> struct Unpacking {  // one step ahead of the one that is asked for, so that one is unpacked while the other is multiplied
+  const char* packed;
+  bf16* room;
+  int steps;
+  Unpacking(const char* packed, bf16* room, int steps) : packed(packed), room(room), steps(steps) { unpack(0); }
+  void unpack(int s) const {
+    (FORMAT == INT8 ? from_int8 : from_int4)(packed + s * step_bytes(FORMAT), (vu_any*)(room + s * STEP * PANEL));
+    asm volatile("" ::: "memory");  // GCC's tile intrinsics do not say which memory they read
+  }
+  const bf16* at(int s) const {
+    if (s + 1 < steps) unpack(s + 1);
+    return room + s * STEP * PANEL;
+  }
+};
 
 // ---- vectors ------------------------------------------------------------------------------------------------------
 
@@ -155,7 +168,9 @@ struct Vectors {
   const bf16* x;
   int64_t stride;
   static int passes(int rows) { return (rows + R_MAX - 1) / R_MAX * (W == 16 ? 1 : V / 4); }
-  void multiply(int row, int rows, int k0, int inputs, const bf16* w, float* sums, Stream& stream) const {
+  template <class Chunk> void multiply(int row, int rows, int k0, int inputs, const Chunk& chunk, float* sums, Stream& stream) const {
+    for (int s = 1; s < (inputs + STEP - 1) / STEP; s++) chunk.at(s - 1);
+    const bf16* w = chunk.at((inputs - 1) / STEP) - (inputs - 1) / STEP * STEP * PANEL;
     for (int r = 0; r < rows; r += R_MAX) {
       const bf16* at = x + (row + r) * stride + k0;
       float* to = sums + r * PANEL;
@@ -212,21 +227,22 @@ struct Tiles {
     }
   }
 
-  void multiply(int row, int rows, int k0, int inputs, const bf16* w, float* sums, Stream& stream) const {
+  template <class Chunk> void multiply(int row, int rows, int k0, int inputs, const Chunk& chunk, float* sums, Stream& stream) const {
     asm volatile("" ::: "memory");
-    const int n = (inputs + STEP - 1) / STEP;
+    const int n = (inputs + STEP - 1) / STEP, pairs = rows > TILE ? (rows + TILE - 1) / (2 * TILE) : 0, last = pairs * 2 * TILE;
     const bf16* a = x + ((int64_t)(row / TILE) * steps + k0 / STEP) * TILE * STEP;
     const int64_t next = (int64_t)steps * TILE * STEP;
+    if (!pairs) return one_by_four(a, chunk, n, sums, !k0, stream);
+    two_by_two(a, next, chunk, 0, n, sums, !k0, stream);
+    const Ready ready = {chunk.at(n - 1) - (n - 1) * STEP * PANEL};
     for (int half = 0; half < 2; half++)
-      for (int r = 0; r + TILE < rows; r += 2 * TILE)
-        two_by_two(a + r / TILE * next, next, w + half * 64, n, sums + r * PANEL + half * 32, !k0, stream);
-    if ((rows + TILE - 1) / TILE % 2) {
-      const int r = (rows - 1) / TILE * TILE;
-      one_by_four(a + r / TILE * next, w, n, sums + r * PANEL, !k0, stream);
-    }
+      for (int p = !half; p < pairs; p++)
+        two_by_two(a + 2 * p * next, next, ready, half * 64, n, sums + p * 2 * TILE * PANEL + half * 32, !k0, stream);
+    if (last < rows) one_by_four(a + 2 * pairs * next, ready, n, sums + last * PANEL, !k0, stream);
   }
 
-  static void two_by_two(const bf16* a, int64_t next, const bf16* w, int n, float* c, bool first, Stream& stream) {
+  template <class Chunk>
+  static void two_by_two(const bf16* a, int64_t next, const Chunk& chunk, int column, int n, float* c, bool first, Stream& stream) {
     constexpr int PITCH = 4 * PANEL;  // bytes between rows of sums and between pairs of the weight
     if (first) {
       _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
@@ -234,7 +250,8 @@ struct Tiles {
       _tile_loadd(0, c, PITCH); _tile_loadd(1, c + 16, PITCH);
       _tile_loadd(2, c + TILE * PANEL, PITCH); _tile_loadd(3, c + TILE * PANEL + 16, PITCH);
     }
-    for (int s = 0; s < n; s++, a += TILE * STEP, w += STEP * PANEL) {
+    for (int s = 0; s < n; s++, a += TILE * STEP) {
+      const bf16* w = chunk.at(s) + column;
       _tile_loadd(6, w, PITCH);
       _tile_loadd(4, a, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -249,14 +266,15 @@ struct Tiles {
     _tile_stored(2, c + TILE * PANEL, PITCH); _tile_stored(3, c + TILE * PANEL + 16, PITCH);
   }
 
-  static void one_by_four(const bf16* a, const bf16* w, int n, float* c, bool first, Stream& stream) {
+  template <class Chunk> static void one_by_four(const bf16* a, const Chunk& chunk, int n, float* c, bool first, Stream& stream) {
     constexpr int PITCH = 4 * PANEL;
     if (first) {
       _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     } else {
       _tile_loadd(0, c, PITCH); _tile_loadd(1, c + 16, PITCH); _tile_loadd(2, c + 32, PITCH); _tile_loadd(3, c + 48, PITCH);
     }
-    for (int s = 0; s < n; s++, a += TILE * STEP, w += STEP * PANEL) {
+    for (int s = 0; s < n; s++, a += TILE * STEP) {
+      const bf16* w = chunk.at(s);
       _tile_loadd(4, a, 64);
       _tile_loadd(5, w, PITCH);
       _tile_dpbf16ps(0, 4, 5);
@@ -298,14 +316,14 @@ template <class Out> void finish(const Weight& w, const float* sums, int rows, i
 template <class Rows>
 void share(const Weight& w, const Rows& x, void* y, int64_t y_stride, int m, int flags) {
   const int64_t step = step_bytes(w.format), steps = round_up(w.k, STEP) / STEP;
-  const int panels = (w.n + PANEL - 1) / PANEL;
+  const int panels = (w.n + PANEL - 1) / PANEL, most_steps = (w.format == BF16 ? CHUNK : ROOM) / STEP;
   const int most = (int)std::clamp<int64_t>(CACHE / (2 * STEP * steps) / 32 * 32, 32, ROWS);
   const int blocks = (m + most - 1) / most, block = (int)round_up((m + blocks - 1) / blocks, 32);
   const int64_t tasks = (int64_t)blocks * panels, threads = omp_get_num_threads(), thread = omp_get_thread_num();
   const int64_t begin = tasks * thread / threads, end = tasks * (thread + 1) / threads;
 
   alignas(64) float sums[ROWS * PANEL];
-  alignas(64) bf16 room[CHUNK * PANEL];
+  alignas(64) bf16 room[ROOM * PANEL];
   const char* data = (const char*)w.data;
   for (int64_t t = begin; t < end; t++) {
     const int row = (int)(t / panels) * block, rows = std::min(block, m - row), panel = (int)(t % panels);
@@ -313,11 +331,13 @@ void share(const Weight& w, const Rows& x, void* y, int64_t y_stride, int m, int
     const char* at = data + panel * steps * step;
     Stream stream = {at, at, data + std::min<int64_t>(panels, panel + end - t) * steps * step, 0};
     if (t > begin && panel) stream.at = std::min(at + AHEAD, stream.end);
-    for (int64_t s = 0; s < steps; s += CHUNK / STEP) {
-      const int n = (int)std::min<int64_t>(CHUNK / STEP, steps - s), k0 = (int)s * STEP;
-      stream.next_chunk(at, n * step, n * (Rows::passes(rows) + (w.format != BF16)));
-      const bf16* chunk = as_bf16(w.format, at, room, n, stream);
-      x.multiply(row, rows, k0, std::min(n * STEP, w.k - k0), chunk, sums, stream);
+    for (int64_t s = 0; s < steps; s += most_steps) {
+      const int n = (int)std::min<int64_t>(most_steps, steps - s), k0 = (int)s * STEP;
+      const int inputs = std::min(n * STEP, w.k - k0);
+      stream.next_chunk(at, n * step, n * Rows::passes(rows));
+      if (w.format == BF16) x.multiply(row, rows, k0, inputs, Ready{(const bf16*)at}, sums, stream);
+      else if (w.format == INT8) x.multiply(row, rows, k0, inputs, Unpacking<INT8>(at, room, n), sums, stream);
+      else x.multiply(row, rows, k0, inputs, Unpacking<INT4>(at, room, n), sums, stream);
       at += n * step;
     }
     if (flags & FLOAT_OUT) finish(w, sums, rows, panel * PANEL, (float*)y + row * y_stride, y_stride, flags & ADD);
