@@ -1,8 +1,8 @@
 """Plant bugs one by one; every one must turn a test red: ``python tests/mutants/run.py [FOLDER or NAME ...]``.
 
-Each patch in the folders here is applied to a copy of the sources, and the tests of that part are run. It
-counts as noticed only if tests ran and one of them failed: a patch that does not apply, or that merely breaks an import, is an
-error of the patch and fails this run.
+Each patch in the folders here is applied to a copy of the sources, and the tests of that part are run, or those that the patch
+names above its first line ("Test: NODE-ID"). It counts as noticed only if tests ran and one of them failed: a patch that does
+not apply, or that merely breaks an import, is an error of the patch and fails this run.
 """
 
 from __future__ import annotations
@@ -33,21 +33,23 @@ TESTS: Final = {
     "forks": ("tests/server/test_fork.py",),
     "start": ("tests/runner/test_meta_device.py", "tests/cli/test_start.py"),
 }
-"""Of each folder of patches, the tests that must notice them; the cheapest first."""
-COPIED: Final = ("streamkv", "tests", "pyproject.toml")
+"""Of each folder of patches that name none, the tests that must notice them; the cheapest first."""
+SETTINGS: Final = {"cpu": {"CXX": str(Path(__file__).parent / "cpu" / "cxx"), "STREAMKV_CPU_ISA": "portable"}}
+"""Environment of a part's tests: kernels compiled anew, but for one instruction set and without optimisation."""
+COPIED: Final = ("streamkv", "backends", "tests", "pyproject.toml")
 
 
 def main() -> int:
     """Print one line per planted bug and the sum; 0 if all were noticed."""
     words = sys.argv[1:]
     chosen = [patch for patch in PATCHES if not words or any(word in f"{patch.parent.name}/{patch.name}" for word in words)]
-    for part in sorted({patch.parent.name for patch in chosen}):
-        problem = run_tests(part, None)
-        if problem != "green":
-            print(f"the tests of {part} must be green before bugs are planted: {problem}")
-            return 1
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = pool.map(lambda patch: run_tests(patch.parent.name, patch), chosen)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as cache, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in sorted({patch.parent.name for patch in chosen}):
+            problem = run_tests(part, None, cache)
+            if problem != "green":
+                print(f"the tests of {part} must be green before bugs are planted: {problem}")
+                return 1
+        verdicts = pool.map(lambda patch: run_tests(patch.parent.name, patch, cache), chosen)
         passed = 0
         for number, (patch, verdict) in enumerate(zip(chosen, verdicts, strict=True), 1):
             noticed = verdict.startswith("red")
@@ -57,7 +59,12 @@ def main() -> int:
     return 0 if passed == len(chosen) and chosen else 1
 
 
-def run_tests(part: str, patch: Path | None) -> str:
+def named(patch: Path) -> list[str]:
+    """The tests that a patch names."""
+    return [line.removeprefix("Test: ") for line in patch.read_text().splitlines() if line.startswith("Test: ")]
+
+
+def run_tests(part: str, patch: Path | None, cache: str) -> str:
     """Run a part's tests on a patched copy; "red: first failing test", "green", or what is wrong with the patch."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         work = Path(folder)
@@ -73,14 +80,18 @@ def run_tests(part: str, patch: Path | None) -> str:
             )
             if applied.returncode:
                 return f"the patch does not apply: {applied.stderr.strip()}"
-        return judge(work, TESTS[part])
+        patches = [one for one in PATCHES if one.parent.name == part] if patch is None else [patch]
+        tests = list(dict.fromkeys(test for one in patches for test in named(one))) or [
+            path.relative_to(work).as_posix() for pattern in TESTS[part] for path in sorted(work.glob(pattern))
+        ]
+        return judge(work, tests, SETTINGS[part] | {"STREAMKV_CACHE": cache, "OBJECTS": cache} if part in SETTINGS else {})
 
 
-def judge(work: Path, patterns: tuple[str, ...]) -> str:
+def judge(work: Path, tests: list[str], settings: dict[str, str]) -> str:
     """What the tests say of the sources in ``work``."""
-    tests = [path.relative_to(work).as_posix() for pattern in patterns for path in sorted(work.glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    environment = os.environ | {"PYTHONPATH": str(work), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "verdict"}
+    python = {"PYTHONPATH": f"{work}:{work / 'backends'}", "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "verdict"}
+    environment = os.environ | python | settings
     try:
         done = subprocess.run(command, cwd=work, env=environment, check=False, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:

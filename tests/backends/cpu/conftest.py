@@ -1,7 +1,8 @@
-"""The kernels, compiled for every instruction set that this processor has."""
+"""The kernels, compiled for every instruction set that this processor has; for one of them if STREAMKV_CPU_ISA names it."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from streamkv_backends.cpu.build import ISAS, cpu_flags, find_or_build
 from streamkv_backends.cpu.native import load
 
-HERE = [isa for isa in ISAS if isa.needs <= cpu_flags()]
+ASKED = os.environ.get("STREAMKV_CPU_ISA")
+HERE = [isa for isa in ISAS if isa.needs <= cpu_flags() and ASKED in {None, isa.name}]
 
 
 @pytest.fixture(params=HERE, ids=lambda isa: isa.name, scope="session")

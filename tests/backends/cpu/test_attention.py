@@ -179,6 +179,21 @@ def test_a_prefix_that_is_read_once_for_all_changes_no_bit(
     assert same(native, life.result(5), alone(native, layer, dtype, 7, 169)[SIZE:])
 
 
+def test_a_chunk_that_differs_in_its_last_block_is_not_shared(native: Any, dtype: torch.dtype) -> None:
+    life = Life(CpuBackend(native=native), LAYER, dtype, [list(range(20)), [*range(15), *range(30, 40)]])
+    life.step((0, 7, 300))
+    life.done[1] = 15 * SIZE
+    life.step((1, 9, 30))
+    for _ in range(3):
+        life.step((0, 7, 1), (1, 9, 1))
+    assert life.kinds["prefix"] == 3, "the first chunk is shared"
+    apart = Life(CpuBackend(native=native), LAYER, dtype, [list(range(50))])
+    apart.step((0, 7, 15 * SIZE))
+    apart.step((0, 9, 33))
+    assert same(native, life.result(1), apart.result(0)[15 * SIZE :])
+    assert same(native, life.result(0), alone(native, LAYER, dtype, 7, 303))
+
+
 def test_a_long_sequence_that_is_split_changes_no_bit(native: Any, dtype: torch.dtype) -> None:
     layer = LayerSpec(2, 1, 64, 0.125)
     life = Life(CpuBackend(native=native), layer, dtype, [list(range(50))])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,17 @@ def test_another_source_is_another_library(cache: Path, tmp_path: Path, monkeypa
     (sources / "one.cpp").write_text('extern "C" int answer() { return 2; }')
     assert build.find_or_build(PORTABLE) != first
     assert len(list(cache.iterdir())) == 2
+
+
+def test_other_flags_are_another_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = tmp_path / "kernels"
+    sources.mkdir()
+    (sources / "one.cpp").write_text('extern "C" int answer() { return ANSWER; }')
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    isas = [replace(PORTABLE, flags=(f"-DANSWER={answer}",)) for answer in (1, 2)]
+    first, second = (build.find_or_build(isa) for isa in isas)
+    assert [ctypes.CDLL(str(path)).answer() for path in (first, second)] == [1, 2]
+    assert build.find_or_build(isas[0]) == first
 
 
 def test_a_prebuilt_one_comes_first(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

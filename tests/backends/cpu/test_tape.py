@@ -48,11 +48,13 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 
 def record(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Any:
-    """The recording; what recording gave must be the function's own result."""
+    """The recording; what recording gave must be the function's own result, and the inputs stay as they were."""
     BACKEND.allocate_kv(KVSpec(3, 16, torch.bfloat16, (LAYER,)))
     wanted = function(*(value.clone() for value in inputs))
+    before = [value.clone() for value in inputs]
     output, recorded = OPS.record(function, inputs)
     assert torch.equal(output, wanted)
+    assert recorded is None or all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
     return recorded
 
 
@@ -190,14 +192,20 @@ def test_every_step_replayed_is_that_step(name: str) -> None:
     test_any_pass_replayed_is_that_pass.hypothesis.inner_test([(name, 0, 1), ("bounded", 2, 2), (name, 1, 0), (name, 2, 1)])  # type: ignore[attr-defined]
 
 
-def test_numbers_made_by_python_stay_where_a_native_call_reads_them() -> None:
-    recorded = record(
-        lambda x: OPS.rms_norm(x, torch.tensor([0.5, 2.0] * 32, dtype=torch.bfloat16), 1e-6, offset=0.0, round_first=True),
-        random(1),
-    )
+MADE: dict[str, Callable[[], torch.Tensor]] = {
+    "Python's": lambda: torch.tensor([0.5, 2.0] * 32, dtype=torch.bfloat16),
+    "numpy's": lambda: torch.from_numpy(np.array([0x3F00, 0x4000] * 32, dtype=np.int16)).view(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("whose", MADE)
+def test_numbers_made_on_the_way_stay_where_a_native_call_reads_them(whose: str) -> None:
+    made = MADE[whose]
+    recorded = record(lambda x: OPS.rms_norm(x, made(), 1e-6, offset=0.0, round_first=True), random(1))
     gc.collect()
     _others = [torch.full((WIDTH,), 9.0, dtype=torch.bfloat16) for _ in range(200)]
-    wanted = OPS.rms_norm(random(3), torch.tensor([0.5, 2.0] * 32, dtype=torch.bfloat16), 1e-6, offset=0.0, round_first=True)
+    _arrays = [np.full(WIDTH, 9, dtype=np.int16) for _ in range(200)]
+    wanted = OPS.rms_norm(random(3), made(), 1e-6, offset=0.0, round_first=True)
     again = replay(recorded, random(3))
     assert again is not None
     assert torch.equal(again, wanted)
@@ -319,7 +327,7 @@ def test_attention_replayed_writes_and_reads_where_the_step_says() -> None:
 
 def test_a_recording_ends_with_the_pool_that_it_was_made_over() -> None:
     """It holds addresses, and the memory may be somebody else's by now."""
-    BACKEND.allocate_kv(KVSpec(3, 16, torch.bfloat16, (LAYER,)))
+    _first = BACKEND.allocate_kv(KVSpec(3, 16, torch.bfloat16, (LAYER,)))  # held, so that a wrong replay harms nobody here
     function = attends([one_token(0)])
     _, recorded = OPS.record(function, heads(0))
     assert BACKEND.replay(recorded, heads(0), one_token(0)) is not None
