@@ -63,22 +63,18 @@ class EngineSide:
         """What a step produced, by key. Returns what may start now, and what nobody will ever read."""
         table = self._table
         actions: list[Action] = []
-        stalled: set[str] = set()  # by these events: the text that has used up the credit comes with them
         ended = False
         for event in events:
             stream = table.in_engine.get(event.id)
             if stream is None or stream.end is not None:
                 continue  # given up, or an engine that goes on after a last event
             if isinstance(event, text.Delta):
-                if stream.state is StreamState.STALLED and event.id not in stalled:
-                    stream.go_on()  # credit and the news that there was none have crossed
                 table.outbox.text(stream, event, now)
                 if not stream.attached and stream.num_tokens - stream.ring.start > table.limits.ring:
                     actions += table.give_up(stream)  # what has been forgotten cannot be resumed: do not compute on
             elif isinstance(event, text.PromptRead):
                 table.outbox.prompt(stream, event.logprobs)
             elif isinstance(event, text.Status):
-                stalled.add(event.id if event.state == "stalled" else "")
                 self._status(stream, event, now)
             else:
                 table.finish(stream, _ending(event, stream), now)
@@ -90,10 +86,14 @@ class EngineSide:
             return
         if stream.state is StreamState.STALLED and event.state == "preempted":
             return  # stalled streams lose their blocks first; this one is stalled all the same, and its time runs
-        if event.state == "stalled" and stream.attached:
-            stream.since = now
-        stream.move(StreamState(event.state))
-        self._table.outbox.status(stream, m.Status(stream.id, event.state, event.cached))
+        state = event.state
+        if state == "stalled":
+            if stream.credit is not None and stream.base + event.tokens < stream.credit:
+                state = "decode"  # credit and the news that there was none have crossed
+            elif stream.attached:
+                stream.since = now
+        stream.move(StreamState(state))
+        self._table.outbox.status(stream, m.Status(stream.id, state, event.cached))
 
 
 def _ending(event: text.Finished, stream: OutStream) -> m.Done | m.Error:

@@ -65,7 +65,6 @@ class Session:
         "_epoch",
         "_limits",
         "_models",
-        "_now",
         "_outbox",
         "_server",
         "_table",
@@ -98,7 +97,6 @@ class Session:
         self._client = ClientSide(self._table, Served(models, max_model_len), epoch)
         self._engine = EngineSide(self._table)
         self._bad_frames = 0
-        self._now = now
         self._welcome(resumed=False)
 
     # -- connections come and go ----------------------------------------------------------------------------------
@@ -106,7 +104,6 @@ class Session:
     def attach(self, codec: m.Codec, now: float) -> None:
         """A new connection has named this session; its streams wait until it resumes them."""
         assert self.state is SessionState.DETACHED, "detach the old connection first"
-        self._now = now
         self._codec = codec
         self._bad_frames = 0
         self._move(SessionState.OPEN)
@@ -116,7 +113,6 @@ class Session:
         """The connection is gone: streams that are to live on do, the others must be cancelled."""
         if self.state in (SessionState.DETACHED, SessionState.CLOSED):
             return []
-        self._now = now
         self._move(SessionState.DETACHED)
         self._outbox.clear()
         actions: list[Action] = []
@@ -181,7 +177,6 @@ class Session:
         """One frame from the client, after its hello."""
         if not self.attached:
             return []
-        self._now = now
         message = read_message(self._codec, data, is_text=is_text)
         match message:
             case m.Create() | m.Fork():
@@ -226,7 +221,7 @@ class Session:
         """False if all of these have been given up, so that nothing need be submitted."""
         return any(key in self._table.in_engine for key in keys)
 
-    def opened(self, key: str, rid: str, prompt_tokens: int, record: Any = None) -> list[Action]:
+    def opened(self, key: str, rid: str, prompt_tokens: int, record: Any = None, *, now: float) -> list[Action]:
         """The engine has taken this one.
 
         Args:
@@ -236,22 +231,20 @@ class Session:
         Returns:
             What must be told to the engine now.
         """
-        return self._engine.opened(key, rid, prompt_tokens, record, self._now)
+        return self._engine.opened(key, rid, prompt_tokens, record, now)
 
-    def refused(self, keys: tuple[str, ...], error: StreamKVError) -> list[Action]:
+    def refused(self, keys: tuple[str, ...], error: StreamKVError, now: float) -> list[Action]:
         """The engine cannot take these. Returns what may start in their place."""
-        return self._engine.refused(keys, error, self._now)
+        return self._engine.refused(keys, error, now)
 
     def events(self, events: list[text.StreamEvent], now: float) -> list[Action]:
         """What a step produced, by key. Returns what may start now, and what nobody will ever read."""
-        self._now = now
         return self._engine.events(events, now)
 
     # -- time and memory ------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
         """End what has waited for too long, forget what nobody came back for."""
-        self._now = now
         return [*self._table.tick(now), *self._closed_if_empty()]
 
     def next_tick(self) -> float:

@@ -276,11 +276,12 @@ class LiveSession:
         except StreamKVError as error:
             self._forget(engine_ids)
             about.info("stream_refused", code=error.code, param=error.param)
-            self.perform(self.session.refused(keys, error))
+            self.perform(self.session.refused(keys, error, self._clock()))
         except Exception:
             self._forget(engine_ids)
             about.exception("stream_failed")
-            self.perform(self.session.refused(keys, StreamKVError("the server failed on this request; its log says why")))
+            failure = StreamKVError("the server failed on this request; its log says why")
+            self.perform(self.session.refused(keys, failure, self._clock()))
         else:
             about.info("stream_opened", streams=len(keys), prompt_tokens=len(prepared.token_ids))
             record = None if body is None else _Record(prepared, body, engine_ids[0], family)
@@ -295,7 +296,7 @@ class LiveSession:
         """Each sample is forked from its own request."""
         for index, (key, engine_id) in enumerate(zip(keys, engine_ids, strict=True)):
             own = None if record is None else _Record(record.prepared, record.body, engine_id, record.family)
-            self.perform(self.session.opened(key, f"{rid}.{index}", len(prepared.token_ids), own))
+            self.perform(self.session.opened(key, f"{rid}.{index}", len(prepared.token_ids), own, now=self._clock()))
 
     def _check(self, prepared: PreparedPrompt) -> None:
         check_report(prepared)

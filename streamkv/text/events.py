@@ -18,11 +18,17 @@ _LARGEST_EXPONENT: Final = 700.0
 
 
 class Status(msgspec.Struct, frozen=True, gc=False):
-    """A request changed its state; `cached` prompt tokens came from the prefix cache (with state "prefill")."""
+    """A request changed its state.
+
+    Attributes:
+        cached: prompt tokens that came from the prefix cache (with state "prefill").
+        tokens: output tokens by then, those included whose text is held back: whether credit has grown since.
+    """
 
     id: str
     state: Literal["prefill", "decode", "stalled", "preempted"]
     cached: int | None = None
+    tokens: int = 0
 
 
 class PromptRead(msgspec.Struct, frozen=True):

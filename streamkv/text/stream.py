@@ -111,7 +111,7 @@ class TextStream:
                 self.prefill_at = now
                 self.cached = output.cached or 0
                 self.miss = output.miss
-            events.append(Status(self.id, output.state, output.cached))
+            events.append(Status(self.id, output.state, output.cached, self.received + len(output.token_ids)))
         if output.prompt_logprobs is not None:
             self._take_prompt(output.prompt_logprobs, events)
         self.embedding = output.embedding

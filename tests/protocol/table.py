@@ -107,10 +107,10 @@ class Table(RuleBasedStateMachine):
         for run in self.engine.runs.values():
             assert run.cancelled or run.ended is not None or not run.opened, f"{run} runs on for nobody"
             if not run.opened:
-                assert session.opened(run.key, "r", 3, run.record) == [CancelStream(run.key)]
+                assert session.opened(run.key, "r", 3, run.record, now=self.now) == [CancelStream(run.key)]
             late = [Delta(run.key, run.made, 1, "late", (1,)), Finished(run.key, "cancelled", 1, 1, 0, TIMINGS)]
             assert session.events(late, self.now) == []
-            assert session.refused((run.key,), OverloadedError("late")) == []
+            assert session.refused((run.key,), OverloadedError("late"), self.now) == []
             assert not session.wants((run.key,))
         self.engine.runs.clear()
         self.engine.saying.clear()
@@ -182,7 +182,7 @@ class Table(RuleBasedStateMachine):
         for key in group:
             run = self.engine.run(key)
             run.opened = True
-            actions = self.session.opened(key, "r", 3, run.record)
+            actions = self.session.opened(key, "r", 3, run.record, now=self.now)
             assert all(isinstance(action, (CancelStream, GrantCredit)) for action in actions)
             if run.ended is None:
                 self.carry_out(actions)

@@ -70,7 +70,7 @@ class Talk:
                     self.keys[key.partition("#")[0]] = key
                     if opened:
                         record = f"record of {key}" if isinstance(wish.body, ParsedBody) else None
-                        self.done(self.session.opened(key, "r", 3, record))
+                        self.done(self.session.opened(key, "r", 3, record, now=self.now))
         return actions
 
     def says(self, stream_id: str, *events: Any) -> list[Action]:
@@ -81,7 +81,8 @@ class Talk:
             if isinstance(event, dict):
                 made.append(Finished(key, event["reason"], 3, offset, 0, TIMINGS))
             elif event in ("prefill", "decode", "stalled", "preempted"):
-                made.append(Status(key, event, None))
+                by_then = offset + sum(len(other.split()) for other in events if isinstance(other, str) and other.endswith(" "))
+                made.append(Status(key, event, tokens=by_then))
             else:
                 count = len(event.split())
                 made.append(Delta(key, offset, count, event, tuple(range(offset, offset + count))))
@@ -130,17 +131,27 @@ def test_who_grants_nothing_is_ended():
 
 
 def test_credit_that_crosses_the_news_of_a_stall_keeps_the_stream_alive():
-    """The engine goes on without a word; that it said "stalled" before must not end the stream two minutes later."""
+    """Even if no further token comes for longer than a stall may last: it may have lost its blocks and wait for others."""
     talk = Talk(stall_s=120.0)
     talk.create("a", max=2)
     talk.says("a", "decode", "x ")
     assert talk.send(t="credit", id="a", max=m.MAX_CREDIT) == [GrantCredit(talk.keys["a"], m.MAX_CREDIT)]
     talk.says("a", "stalled", "y ")
-    talk.says("a", "z ")
+    talk.says("a", "preempted")
     assert talk.session.next_tick() == math.inf
     assert talk.tick(1000.0) == []
-    assert talk.take(m.Error) == []
-    assert talk.take(m.Status) == []
+    assert [message.state for message in talk.take() if isinstance(message, m.Status)] == ["preempted"]
+
+
+def test_a_stall_is_over_when_credit_grew_while_the_request_was_on_its_way():
+    """The engine's first words may come before the answer that it has taken the request, and with that the grant."""
+    talk = Talk(stall_s=120.0)
+    talk.create("a", max=2, opened=False)
+    talk.send(t="credit", id="a", max=9)
+    talk.says("a", "decode", "stalled", "x y ")
+    assert talk.session.opened(talk.keys["a"], "r", 3, now=talk.now) == [GrantCredit(talk.keys["a"], 9)]
+    assert talk.tick(1000.0) == []
+    assert [message.state for message in talk.take(m.Status, m.Error)] == ["decode"]
 
 
 def test_a_stalled_stream_that_loses_its_blocks_is_still_stalled():
@@ -182,13 +193,21 @@ def test_credit_is_counted_from_the_start_of_a_fork():
     assert talk.send(t="credit", id="b", max=9) == []
 
 
+def test_the_time_of_who_may_not_even_begin_counts_from_when_its_request_was_there():
+    talk = Talk(stall_s=120.0)
+    talk.create("a", max=0, opened=False)
+    talk.now += 100.0
+    talk.session.opened(talk.keys["a"], "r", 3, now=talk.now)
+    assert talk.session.next_tick() == talk.now + 120.0
+
+
 @pytest.mark.parametrize("raised", [False, True])
 def test_credit_that_grew_while_the_request_was_on_its_way_is_granted(raised: bool):
     talk = Talk()
     talk.create("a", max=2, opened=False)
     if raised:
         talk.send(t="credit", id="a", max=9)
-    assert talk.session.opened(talk.keys["a"], "r", 3) == [GrantCredit(talk.keys["a"], 9 if raised else 2)]
+    assert talk.session.opened(talk.keys["a"], "r", 3, now=talk.now) == [GrantCredit(talk.keys["a"], 9 if raised else 2)]
 
 
 @pytest.mark.parametrize("how", ["cancel", "lost"])
@@ -198,7 +217,7 @@ def test_what_was_ended_while_the_request_was_on_its_way_is_cancelled_once_it_is
     talk.create("a", opened=False, on_disconnect="cancel")
     ended = talk.send(t="cancel", id="a") if how == "cancel" else talk.cut()
     assert ended == [CancelStream(talk.keys["a"])]
-    assert talk.session.opened(talk.keys["a"], "r", 3) == [CancelStream(talk.keys["a"])]
+    assert talk.session.opened(talk.keys["a"], "r", 3, now=talk.now) == [CancelStream(talk.keys["a"])]
 
 
 # -- away ---------------------------------------------------------------------------------------------------------
@@ -272,6 +291,43 @@ def test_what_is_longer_than_the_ring_is_not_computed_for_nobody():
     assert talk.says("a", "11 ") == [CancelStream(talk.keys["a"])]
 
 
+def test_what_is_given_up_in_the_step_that_ends_it_is_cancelled_all_the_same():
+    """The cancel crosses with the end, as a client's may; it is for nobody."""
+    talk = Talk(ring=4)
+    talk.create("a")
+    talk.cut()
+    assert talk.says("a", "1 2 3 4 5 ", {"reason": "stop"}) == [CancelStream(talk.keys["a"])]
+    talk.tick(0.0)
+    assert talk.session.closed
+
+
+def test_a_refusal_is_kept_for_its_whole_time_from_when_it_came():
+    """Not from when the session was last told the time, which was when the connection was lost."""
+    talk = Talk(resume_s=60.0, grace_s=15.0)
+    talk.create("a", opened=False)
+    talk.cut()
+    talk.now += 10.0
+    talk.session.refused((talk.keys["a"],), OverloadedError("later"), talk.now)
+    assert talk.tick(59.0) == []
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    assert [type(message) for message in talk.take()] == [m.Resumed, m.Error]
+
+
+def test_a_reader_that_confirms_nothing_has_a_ring_of_bounded_size():
+    talk = Talk(ring=4)
+    talk.create("a")
+    for text in ("1 2 ", "3 4 ", "5 6 "):
+        talk.says("a", text)
+        talk.now += 1.0
+        talk.take()
+    assert talk.session._table.alive["a"].ring.num_tokens == 4
+    talk.cut()
+    talk.come_back()
+    talk.send(t="resume", id="a", from_=0)
+    assert [message.code for message in talk.take()] == ["resume_gone"]
+
+
 def test_what_has_been_confirmed_is_not_kept():
     talk = Talk()
     talk.create("a")
@@ -297,6 +353,21 @@ def test_a_finished_stream_comes_again_with_its_last_frame(lost: str):
     resumed, *again = talk.take()
     assert resumed.state == "done"
     assert again == (first if lost == "all" else first[1:])
+
+
+def test_who_has_read_the_end_may_ask_for_it_again_and_again():
+    """Also while the stream is back among those whose end has not been taken, over yet another connection."""
+    talk = Talk()
+    talk.create("a")
+    talk.says("a", "x y ", {"reason": "stop"})
+    *_, end = talk.take()
+    for _ in range(3):
+        talk.cut()
+        talk.come_back()
+        talk.send(t="resume", id="a", from_=2)  # and nothing is taken
+        assert talk.session.num_streams == 1
+    resumed, again = talk.take()
+    assert (resumed.state, again) == ("done", end)
 
 
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -332,7 +403,7 @@ def test_every_other_end_comes_again_too(how: str):
         talk.create("first")
     talk.create("a", opened=how == "stalled", max=0)
     if how == "refused":
-        talk.session.refused((talk.keys["a"],), OverloadedError("later"))
+        talk.session.refused((talk.keys["a"],), OverloadedError("later"), talk.now)
     elif how == "stalled":
         talk.tick(10.0)
     else:
@@ -492,7 +563,7 @@ def test_answers_count_as_kept(api: str, count: int):
 def test_who_cannot_be_forked_does_not_keep_its_request():
     talk = Talk()
     talk.create("a", opened=False, api="embeddings", body={"input": "x" * 1_000_000})
-    talk.session.opened(talk.keys["a"], "r", 1_000_000)
+    talk.session.opened(talk.keys["a"], "r", 1_000_000, now=talk.now)
     talk.session.events([Finished(talk.keys["a"], "length", 3, 0, 0, TIMINGS, embedding=bytes(12))], talk.now)
     talk.take()
     assert talk.session._table.retained["a"].body is None

@@ -196,7 +196,7 @@ class Engine:
         if not text and not count:
             return []
         if run.credit is not None and run.made + count >= run.credit and count:
-            events.append(Status(run.key, "stalled"))
+            events.append(Status(run.key, "stalled", tokens=run.made + count))
         logprobs = (TokenLogprobs(-0.5, ((1, -0.5),)),) * count if scored and count else None
         events.append(Delta(run.key, run.made, count, text, tuple(range(at, at + count)), logprobs))
         run.made += count
@@ -217,16 +217,12 @@ class Engine:
             if isinstance(event, Delta) and still_wanted:
                 run.text += event.text
                 run.tokens += event.token_ids
-        if run.ended is not None and isinstance(events[-1], Finished) and run.opened:
-            self._bury(run)
 
     def answered(self, run: Run) -> None:
+        """It is forgotten once the session knows of it and of its end; a cancel may cross with that."""
         if run.ended is not None and not any(other is run for other, _ in self.saying):
-            self._bury(run)
-
-    def _bury(self, run: Run) -> None:
-        self.runs.pop(run.key, None)
-        self.past[run.key] = run
+            self.runs.pop(run.key, None)
+            self.past[run.key] = run
 
 
 def check_fork(fork: ForkOf, parent: Life, run: Run, at: int) -> None:

@@ -209,6 +209,19 @@ async def test_characters_of_several_tokens_come_whole_with_all_their_tokens() -
     assert [(delta.offset, delta.count) for delta in deltas] == [(0, 1), (1, 4), (5, 1)]
 
 
+async def test_the_news_of_a_stall_counts_the_tokens_whose_text_is_held_back() -> None:
+    """Whoever grants credit tells by them whether the news is older than what it has granted."""
+    screen = Screen()
+    async with hub(spell("a🦀b")) as streams:
+        await start(streams, "a", sink=screen, max_tokens=6, credit=3)
+        await screen.until(lambda: any(isinstance(event, Status) and event.state == "stalled" for event in screen.events("a")))
+        delivered = sum(event.count for event in screen.events("a") if isinstance(event, Delta))
+        await streams.credit("a", 6)
+        await screen.end("a")
+    (stalled,) = [event for event in screen.events("a") if isinstance(event, Status) and event.state == "stalled"]
+    assert (stalled.tokens, delivered) == (3, 1)
+
+
 async def test_a_reader_is_called_once_a_batch_with_the_events_of_all_its_streams() -> None:
     one, other = Screen(), Screen()
     batches: list[StepBatch] = []
