@@ -2,7 +2,8 @@
 
 Each patch in the folders here is applied to a copy of the sources, and the tests of that part are run, or those that the patch
 names above its first line ("Test: NODE-ID"). It counts as noticed only if tests ran and one of them failed: a patch that does
-not apply, or that merely breaks an import, is an error of the patch and fails this run.
+not apply, that merely breaks an import, or with which the tests never end, is an error of the patch and fails this run. A hang
+says nothing: a busy machine looks the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PATCHES: Final = sorted(Path(__file__).parent.glob("*/*.patch"))
-LIMIT_S: Final = 90
+LIMIT_S: Final = 300
+"""Only a hang takes so long, on a busy machine too."""
 TESTS: Final = {
     "core": ("tests/core/test_[!m]*.py", "tests/core/test_m[!a]*.py", "tests/core/test_machine.py"),
     "protocol": (
@@ -95,7 +97,7 @@ def judge(work: Path, tests: list[str], settings: dict[str, str]) -> str:
     try:
         done = subprocess.run(command, cwd=work, env=environment, check=False, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        return f"red: the tests did not end within {LIMIT_S} s"
+        return f"a hang: the tests did not end within {LIMIT_S} s; have one fail instead, or give it a time limit of its own"
     if done.returncode == 0:
         return "green"
     failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
