@@ -30,6 +30,7 @@ from benchmarks.report import percentile, print_setting, print_table
 from benchmarks.workloads import make_tokenizer
 from streamkv.engine.api import StepBatch
 from streamkv.engine.fake import FakeEngine, fake_info
+from streamkv.engine.thread import make_full_collections_rare
 from streamkv.logs import configure_logs
 from streamkv.observe.lag import LoopLag
 from streamkv.protocol import messages as m
@@ -226,6 +227,7 @@ class RecordingEngine(FakeEngine):
 def serve(parent: Connection, setting: Setting) -> None:
     more_files()
     configure_logs(level="warning")
+    make_full_collections_rare()
     with asyncio.Runner(loop_factory=LOOPS[setting.loop]) as runner:
         runner.run(_serve(parent, setting))
 

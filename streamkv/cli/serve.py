@@ -138,12 +138,13 @@ async def _serve(engine_settings: EngineConfig, config: ServerConfig) -> int:
 
     import_transformers()
     from streamkv.engine.build import build_engine
-    from streamkv.engine.thread import use_short_switch_interval
+    from streamkv.engine.thread import make_full_collections_rare, use_short_switch_interval
     from streamkv.server.app import Server, run_until_signalled
     from streamkv.text.streams import TextStreams
     from streamkv.text.tokenizer import load_tokenizer
 
     use_short_switch_interval()
+    make_full_collections_rare()
     watchdog = Watchdog(config.watchdog_s)
     try:
         async with build_engine(engine_settings) as client:
