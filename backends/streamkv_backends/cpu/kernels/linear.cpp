@@ -47,8 +47,8 @@ inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; 
 // Bytes of a step of a panel: 32 inputs of 64 channels.
 inline int64_t step_bytes(int format) { return format == BF16 ? 4096 : format == INT8 ? 2048 : 1152; }
 
-// The stream of weights: what is asked for now will be multiplied AHEAD bytes later. Called all through the work on a chunk, so
-// that memory never waits for arithmetic.
+// The stream of weights: what is asked for now will be multiplied AHEAD bytes later. Asked for all through the work on a chunk,
+// a few lines at a time: memory never waits for arithmetic, nor a load behind a burst of prefetches.
 struct Stream {
   const char *at, *until, *end;
   int lines;  // per call
@@ -167,7 +167,7 @@ inline void vector_tile(const bf16* x, int64_t x_stride, const bf16* w, int inpu
 struct Vectors {
   const bf16* x;
   int64_t stride;
-  static int passes(int rows) { return (rows + R_MAX - 1) / R_MAX * (W == 16 ? 1 : V / 4); }
+  static int fetches(int rows) { return (rows + R_MAX - 1) / R_MAX * (W == 16 ? 1 : V / 4); }
   template <class Chunk> void multiply(int row, int rows, int k0, int inputs, const Chunk& chunk, float* sums, Stream& stream) const {
     for (int s = 1; s < (inputs + STEP - 1) / STEP; s++) chunk.at(s - 1);
     const bf16* w = chunk.at((inputs - 1) / STEP) - (inputs - 1) / STEP * STEP * PANEL;
@@ -212,7 +212,7 @@ void amx_begin() {
 struct Tiles {
   const bf16* x;
   int steps;  // of a row
-  static int passes(int rows) { return (rows + TILE - 1) / TILE; }
+  static int fetches(int rows) { return 4 * ((rows + TILE - 1) / TILE); }  // a step
   static int64_t size(int rows, int k) { return round_up(rows, TILE) * round_up(k, STEP); }
 
   static void pack(const bf16* x, int64_t stride, int k, int row, bf16* out) {
@@ -254,10 +254,13 @@ struct Tiles {
       const bf16* w = chunk.at(s) + column;
       _tile_loadd(6, w, PITCH);
       _tile_loadd(4, a, 64);
+      stream.fetch();
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(7, w + 32, PITCH);
+      stream.fetch();
       _tile_dpbf16ps(1, 4, 7);
       _tile_loadd(5, a + next, 64);
+      stream.fetch();
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
       stream.fetch();
@@ -277,10 +280,13 @@ struct Tiles {
       const bf16* w = chunk.at(s);
       _tile_loadd(4, a, 64);
       _tile_loadd(5, w, PITCH);
+      stream.fetch();
       _tile_dpbf16ps(0, 4, 5);
       _tile_loadd(6, w + 32, PITCH);
+      stream.fetch();
       _tile_dpbf16ps(1, 4, 6);
       _tile_loadd(7, w + 64, PITCH);
+      stream.fetch();
       _tile_dpbf16ps(2, 4, 7);
       _tile_loadd(5, w + 96, PITCH);
       _tile_dpbf16ps(3, 4, 5);
@@ -334,7 +340,7 @@ void share(const Weight& w, const Rows& x, void* y, int64_t y_stride, int m, int
     for (int64_t s = 0; s < steps; s += most_steps) {
       const int n = (int)std::min<int64_t>(most_steps, steps - s), k0 = (int)s * STEP;
       const int inputs = std::min(n * STEP, w.k - k0);
-      stream.next_chunk(at, n * step, n * Rows::passes(rows));
+      stream.next_chunk(at, n * step, n * Rows::fetches(rows));
       if (w.format == BF16) x.multiply(row, rows, k0, inputs, Ready{(const bf16*)at}, sums, stream);
       else if (w.format == INT8) x.multiply(row, rows, k0, inputs, Unpacking<INT8>(at, room, n), sums, stream);
       else x.multiply(row, rows, k0, inputs, Unpacking<INT4>(at, room, n), sums, stream);
