@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-__all__ = ["Bar", "Bars", "bars", "curves"]
+__all__ = ["Bar", "Bars", "bars", "curves", "line", "page"]
 
 _COLOURS: Final = ("#3b6fb6", "#c25b3f", "#4b8b57", "#8a5fa8", "#b08a2e", "#5b8f9a", "#8f5b6b", "#777777")
 _WIDTH: Final = 760
@@ -51,12 +51,12 @@ def bars(title: str, groups: Sequence[Bars]) -> str:
         bottom = top + _ROW * len(group.rows)
         if group.limit is not None:
             at = _LABELS + group.limit * scale
-            parts.append(_line(at, top, at, bottom, "#c25b3f", "4 3"))
+            parts.append(line(at, top, at, bottom, "#c25b3f", "4 3"))
             parts.append(
                 f'<text x="{at + 4:.1f}" y="{bottom + 10:.0f}" fill="#c25b3f">limit {group.limit:,.0f} {group.unit}</text>'
             )
         top = bottom + 20
-    return _page(title, int(top) + 8, parts)
+    return page(title, int(top) + 8, parts)
 
 
 def _bar(row: Bar, y: float, scale: float, colour: str) -> list[str]:
@@ -64,7 +64,7 @@ def _bar(row: Bar, y: float, scale: float, colour: str) -> list[str]:
     return [
         f'<text x="{_LABELS - 6}" y="{middle + 4:.0f}" text-anchor="end">{escape(row.label)}</text>',
         f'<rect x="{_LABELS}" y="{y + 3:.0f}" width="{length:.1f}" height="{_ROW - 6}" fill="{colour}"/>',
-        _line(_LABELS + row.low * scale, middle, _LABELS + row.high * scale, middle, "#333"),
+        line(_LABELS + row.low * scale, middle, _LABELS + row.high * scale, middle, "#333"),
         f'<text x="{_LABELS + max(length, row.high * scale) + 5:.1f}" y="{middle + 4:.0f}">{row.value:,.0f}</text>',
     ]
 
@@ -79,11 +79,11 @@ def curves(
     parts: list[str] = []
     for value in _ticks(low_x, high_x):
         at = x(value)
-        parts.append(_line(at, _TOP, at, _HEIGHT - _BOTTOM, "#e4e4e4"))
+        parts.append(line(at, _TOP, at, _HEIGHT - _BOTTOM, "#e4e4e4"))
         parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_short(value)}</text>')
     for value in _ticks(low_y, high_y):
         at = y(value)
-        parts.append(_line(_LEFT, at, _WIDTH - _RIGHT, at, "#e4e4e4"))
+        parts.append(line(_LEFT, at, _WIDTH - _RIGHT, at, "#e4e4e4"))
         parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{_short(value)}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 10}" text-anchor="middle">{escape(x_label)}</text>')
     parts.append(f'<text x="{_LEFT}" y="{_TOP - 8}">{escape(y_label)}</text>')
@@ -98,7 +98,7 @@ def curves(
             f'<text x="{_WIDTH - _RIGHT - 8}" y="{_TOP + 16 + 16 * index}" text-anchor="end" fill="{colour}">'
             f"{'- - ' if dash else ''}{escape(name)}</text>"
         )
-    return _page(title, _HEIGHT, parts)
+    return page(title, _HEIGHT, parts)
 
 
 class _Scale:
@@ -131,12 +131,14 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> str:
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, dash: str = "") -> str:
+    """A straight line as an SVG element."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{dashed}/>'
 
 
-def _page(title: str, height: int, parts: Sequence[str]) -> str:
+def page(title: str, height: int, parts: Sequence[str]) -> str:
+    """A whole SVG file."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
