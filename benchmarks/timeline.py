@@ -154,11 +154,14 @@ def draw(title: str, spans: Sequence[Span], steps: int = STEPS) -> str:
     zoom = min(0.010, (middle.end - middle.begin) / 2)
     parts = _panel(spans, some[0].begin, some[-1].end, 44, f"{len(some)} steps")
     parts += _panel(spans, middle.begin - zoom / 2, middle.begin + zoom, 224, "where one step ends and the next begins")
+    for index, kind in enumerate((FORWARD, *IN_THREAD)):
+        parts.append(f'<rect x="{400 + 110 * index}" y="34" width="10" height="10" fill="{COLOURS[kind]}"/>')
+        parts.append(f'<text x="{414 + 110 * index}" y="44">{escape(kind)}</text>')
     return page(title, 400, parts)
 
 
 def _panel(spans: Sequence[Span], begin: float, end: float, top: float, title: str) -> list[str]:
-    left, right, height = 110.0, 750.0, 22.0
+    left, right, height = 110.0, 730.0, 22.0
     scale = (right - left) / (end - begin)
     lanes = [("runner's thread", (FORWARD, *IN_THREAD)), *((kind, (kind,)) for kind in ON_LOOP)]
     bottom = top + 8 + height * len(lanes)
