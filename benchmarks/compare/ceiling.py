@@ -43,7 +43,8 @@ class ModelShape:
     Attributes:
         body: weights that every token meets.
         head: weights that every sampled token meets.
-        width: bytes of a weight, a key or a value.
+        width: bytes of a key or a value.
+        weight_width: bytes of a weight; fewer than `width` where weights are quantised.
         kv_width: keys and values of one token, all layers.
         query_width: query numbers of one token, all layers.
     """
@@ -51,18 +52,30 @@ class ModelShape:
     body: int
     head: int
     width: int
+    weight_width: float
     kv_width: int
     query_width: int
 
     @classmethod
-    def of(cls, folder: Path) -> ModelShape:
-        """From its config.json."""
+    def of(cls, folder: Path, *, weight_bits: float | None = None) -> ModelShape:
+        """From its config.json.
+
+        Args:
+            weight_bits: of a quantised weight, with its share of the scales. None = as the model has them.
+        """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         hidden, layers = config["hidden_size"], config["num_hidden_layers"]
         queries = config["num_attention_heads"] * config["head_dim"]
         keys = config["num_key_value_heads"] * config["head_dim"]
         layer = hidden * (2 * queries + 2 * keys + 3 * config["intermediate_size"])
-        return cls(layers * layer, hidden * config["vocab_size"], _WIDTHS[config["dtype"]], 2 * layers * keys, layers * queries)
+        width = _WIDTHS[config["dtype"]]
+        weight_width = width if weight_bits is None else weight_bits / 8
+        return cls(layers * layer, hidden * config["vocab_size"], width, weight_width, 2 * layers * keys, layers * queries)
+
+    @property
+    def weight_bytes(self) -> float:
+        """What a pass over all weights reads."""
+        return (self.body + self.head) * self.weight_width
 
 
 @dataclass(frozen=True)
@@ -86,14 +99,14 @@ class Ceiling:
         for begin, end in parts:
             operations += 2.0 * shape.body * (end - begin)
             operations += 4.0 * shape.query_width * (end * (end + 1) - begin * (begin + 1)) / 2
-        return self.machine.seconds((shape.body + shape.head) * shape.width, operations)
+        return self.machine.seconds(shape.weight_bytes, operations)
 
     def step_s(self, contexts: Sequence[int], *, shared: int = 0) -> float:
         """Seconds for one token of each stream; `contexts` are their tokens, of which all have the first `shared` in common."""
         shape = self.shape
-        read = (shape.body + shape.head) + shape.kv_width * (shared + sum(context - shared for context in contexts))
+        cached = shape.kv_width * (shared + sum(context - shared for context in contexts))
         operations = 2.0 * (shape.body + shape.head) * len(contexts) + 4.0 * shape.query_width * sum(contexts)
-        return self.machine.seconds(read * shape.width, operations)
+        return self.machine.seconds(shape.weight_bytes + cached * shape.width, operations)
 
     def decode_s(self, jobs: Sequence[Job]) -> float:
         """Seconds for all tokens after the first of each."""

@@ -30,7 +30,8 @@ class Contestant:
         packages: distributions that its interpreter must have.
         program: a program of its own that it needs.
         install: how to get what it needs.
-        exact: it computes with the weights as they are; its tokens are compared.
+        weight_bits: of a quantised weight, with its share of the scales. None = it computes with the weights as they are, and
+            its tokens are compared.
         elsewhere: it may live in another interpreter (`--peer-python`).
         converted: the form of the model that it reads; see `benchmarks.compare.convert`. None = transformers' folder.
         settings: further options of its adapter.
@@ -43,13 +44,30 @@ class Contestant:
     packages: tuple[str, ...] = ()
     program: str = ""
     install: str = ""
-    exact: bool = True
+    weight_bits: float | None = None
     elsewhere: bool = False
     converted: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def exact(self) -> bool:
+        """Its weights are those of the model."""
+        return self.weight_bits is None
 
-_LLAMA_CPP: Final = ("llama-cpp-python", "gguf")
+
+def _llama_cpp(name: str, title: str, workloads: tuple[str, ...], converted: str, weight_bits: float | None = None) -> Contestant:
+    return Contestant(
+        name,
+        title,
+        "llama_library",
+        workloads,
+        packages=("llama-cpp-python", "gguf"),
+        install="pip install llama-cpp-python gguf",
+        weight_bits=weight_bits,
+        elsewhere=True,
+        converted=converted,
+    )
+
 
 PEERS: Final = (
     Contestant(
@@ -62,27 +80,9 @@ PEERS: Final = (
         elsewhere=True,
         converted="openvino",
     ),
-    Contestant(
-        "llama-cpp",
-        "llama.cpp, its own batches",
-        "llama_library",
-        LOCK_STEP,
-        packages=_LLAMA_CPP,
-        install="pip install llama-cpp-python gguf",
-        elsewhere=True,
-        converted="gguf",
-    ),
-    Contestant(
-        "llama-cpp-q8",
-        "llama.cpp, Q8_0",
-        "llama_library",
-        ("single",),
-        packages=_LLAMA_CPP,
-        install="pip install llama-cpp-python gguf",
-        exact=False,
-        elsewhere=True,
-        converted="gguf-q8_0",
-    ),
+    _llama_cpp("llama-cpp", "llama.cpp, its own batches", LOCK_STEP, "gguf"),
+    _llama_cpp("llama-cpp-q8", "llama.cpp, Q8_0", ("single",), "gguf-q8_0", weight_bits=8.5),
+    _llama_cpp("llama-cpp-q4", "llama.cpp, Q4_K_M", ("single",), "gguf-q4_k_m", weight_bits=5.06),  # Q4_K, 27 % of them Q6_K
     Contestant(
         "llama-server",
         "llama-server, 32 slots",
@@ -113,23 +113,26 @@ LIMITS: Final = Contestant("limits", "the machine's limits", "limits", ALL)
 
 
 def streamkv(backends: Sequence[str]) -> tuple[Contestant, ...]:
-    """StreamKV with each backend; the first one also behind its WebSocket server, and with weights of 8 bits."""
+    """StreamKV with each backend; the first one also behind its WebSocket server, and with quantised weights."""
     first, *others = backends
     own = Contestant("streamkv", "StreamKV", "streamkv_engine", ALL, settings={"backend": first})
     served = Contestant("streamkv-ws", "StreamKV, WebSocket server", "streamkv_server", SERVED, settings={"backend": first})
-    int8 = Contestant(
-        "streamkv-int8",
-        "StreamKV, int8",
-        "streamkv_engine",
-        ("single",),
-        exact=False,
-        settings={"backend": first, "quantization": "int8"},
+    quantised = (
+        Contestant(
+            f"streamkv-{name}",
+            f"StreamKV, {name}",
+            "streamkv_engine",
+            ("single",),
+            weight_bits=bits,
+            settings={"backend": first, "quantization": name},
+        )
+        for name, bits in (("int8", 8.0), ("int4", 4.5))
     )
     further = (
         Contestant(f"streamkv-{name}", f"StreamKV, backend {name}", "streamkv_engine", SERVED, settings={"backend": name})
         for name in others
     )
-    return own, served, int8, *further
+    return own, served, *quantised, *further
 
 
 def versions(python: str, packages: Iterable[str]) -> dict[str, str | None]:

@@ -1,7 +1,7 @@
 """The model in the forms that peers read: `python -m benchmarks.compare.convert KIND FOLDER TARGET`. Runs where the peer lives.
 
-`openvino` is optimum-intel's own export, which OpenVINO GenAI documents. `gguf` and `gguf-q8_0` are written with llama.cpp's
-package `gguf`: its names, its order of rotary dimensions, its 8-bit blocks.
+`openvino` is optimum-intel's own export, which OpenVINO GenAI documents. `gguf` is written with llama.cpp's package `gguf`: its
+names, its order of rotary dimensions. `gguf-q8_0` and `gguf-q4_k_m` are what llama.cpp itself makes of that.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+_FTYPES: Final = {"gguf-q8_0": 7, "gguf-q4_k_m": 15}  # LLAMA_FTYPE_MOSTLY_Q8_0, LLAMA_FTYPE_MOSTLY_Q4_K_M
 
 
 def converted(kind: str, folder: Path, python: str) -> Path:
@@ -23,9 +25,10 @@ def converted(kind: str, folder: Path, python: str) -> Path:
     target = folder.with_name(f"{folder.name}.{kind}")
     if target.exists():
         return target
+    source = converted("gguf", folder, python) if kind in _FTYPES else folder
     part = target.with_name(f"{target.name}.part")
     print(f"converting {folder.name} to {kind} (once)", file=sys.stderr, flush=True)
-    command = [python, "-m", "benchmarks.compare.convert", kind, str(folder), str(part)]
+    command = [python, "-m", "benchmarks.compare.convert", kind, str(source), str(part)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -35,11 +38,13 @@ def converted(kind: str, folder: Path, python: str) -> Path:
 
 
 def main() -> None:
-    kind, folder, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    kind, source, target = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if kind == "openvino":
-        _openvino(folder, target)
+        _openvino(source, target)
+    elif kind == "gguf":
+        _gguf(source, target)
     else:
-        _gguf(folder, target, quantized=kind == "gguf-q8_0")
+        _quantised(source, target, _FTYPES[kind])
 
 
 def _openvino(folder: Path, target: Path) -> None:
@@ -48,7 +53,18 @@ def _openvino(folder: Path, target: Path) -> None:
     OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(target)
 
 
-def _gguf(folder: Path, target: Path, *, quantized: bool) -> None:
+def _quantised(source: Path, target: Path, ftype: int) -> None:
+    import ctypes
+
+    import llama_cpp as llama
+
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = ftype
+    if llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise RuntimeError(f"llama.cpp cannot quantise {source}")
+
+
+def _gguf(folder: Path, target: Path) -> None:
     import gguf
     import numpy as np
 
@@ -60,13 +76,10 @@ def _gguf(folder: Path, target: Path, *, quantized: bool) -> None:
     for name, stored, raw in _tensors(folder):
         count = next((count for part, count in heads.items() if part in name), 0)
         tensor = neighbours(raw, count) if count else raw
-        exact = (tensor.astype(np.uint32) << 16).view(np.float32) if stored == "BF16" else tensor
         target_name = names.get_name(name, try_suffixes=(".weight",))
         if tensor.ndim == 1:
+            exact = (tensor.astype(np.uint32) << 16).view(np.float32) if stored == "BF16" else tensor
             writer.add_tensor(target_name, exact)
-        elif quantized:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(target_name, gguf.quants.quantize(exact, kind), raw_dtype=kind)
         elif stored == "BF16":
             writer.add_tensor(target_name, tensor.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.BF16)
         else:

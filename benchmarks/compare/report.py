@@ -146,15 +146,21 @@ def aims(measured: Mapping[str, Measured], waste: float | None) -> list[dict[str
         found.append(
             {
                 "what": aim.what,
-                "aim": f"≥ {100 * aim.target:.0f} %" if within else f"≥ {aim.target:g} ×",
+                "aim": _target(aim.target, within=within),
                 "measured": value if known is None else _percent(known) if within else _ratio(known),
-                "met": None if known is None else known >= aim.target,
+                "met": None if known is None or aim.target is None else known >= aim.target,
             }
         )
     text = "mixed32 was not run" if waste is None else f"{waste:.2f} %"
     met = None if waste is None else waste <= WASTE_AIM
     found.append({"what": "KV slots unfilled, *mixed32*, pool full", "aim": f"≤ {WASTE_AIM:g} %", "measured": text, "met": met})
     return found
+
+
+def _target(target: float | None, *, within: bool) -> str:
+    if target is None:
+        return "no aim"
+    return f"≥ {100 * target:.0f} %" if within else f"≥ {target:g} ×"
 
 
 def print_aims(found: Sequence[Mapping[str, Any]]) -> None:

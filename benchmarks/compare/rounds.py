@@ -33,6 +33,7 @@ class Measured:
     Attributes:
         rounds: contestant -> its figures, one of each timed round; fewer if it was too slow for more, or failed.
         limits: figures that cannot be exceeded, one of each timed round.
+        limits_of: contestant with quantised weights -> the same with its own bytes of a weight.
         machine: what those were computed from.
         failures: contestant -> what went wrong.
         facts: contestant -> what it says of itself.
@@ -41,6 +42,7 @@ class Measured:
 
     rounds: dict[str, list[Figures]] = field(default_factory=dict)
     limits: list[Figures] = field(default_factory=list)
+    limits_of: dict[str, list[Figures]] = field(default_factory=dict)
     machine: list[Machine] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -107,7 +109,9 @@ class Rounds:
                 except PeerError as error:
                     self._fail(workload, found, contestant.name, error)
             for turn in range(self.repeats + 1):
-                self._limits(workload, found, turn, limits)
+                if turn:
+                    machine = Machine(**limits.ask(None, self.timeout_s))
+                    self._limits(found, self.jobs(workload, turn), contestants, machine)
                 names = list(running) if turn % 2 else list(reversed(running))
                 for name in names:
                     if name not in first.failures and not self._is_slow(found[workload], name, turn):
@@ -140,14 +144,20 @@ class Rounds:
                 raise PeerError(f"gave {sum(counts)} tokens where {sum(job.max_tokens for job in batch)} were asked for")
         return served
 
-    def _limits(self, workload: str, found: dict[str, Measured], turn: int, limits: Apart) -> None:
-        if not turn:
-            return
-        machine = Machine(**limits.ask(None, self.timeout_s))
-        ceiling = Ceiling(ModelShape.of(self.folder), machine)
+    def _limits(
+        self, found: dict[str, Measured], batch: Sequence[Job], contestants: Sequence[Contestant], machine: Machine
+    ) -> None:
         for key, measured in found.items():
             measured.machine.append(machine)
-            measured.limits.append(ceiling.figures(self.jobs(workload, turn), cached=key == AGAIN))
+            measured.limits.append(self._most(machine, key, batch, None))
+            for each in contestants:
+                if each.weight_bits is not None:
+                    own = self._most(machine, key, batch, each.weight_bits)
+                    measured.limits_of.setdefault(each.name, []).append(own)
+
+    def _most(self, machine: Machine, key: str, batch: Sequence[Job], weight_bits: float | None) -> Figures:
+        shape = ModelShape.of(self.folder, weight_bits=weight_bits)
+        return Ceiling(shape, machine).figures(batch, cached=key == AGAIN)
 
     def _is_slow(self, measured: Measured, name: str, turn: int) -> bool:
         done = measured.rounds.get(name, [])

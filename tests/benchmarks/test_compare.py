@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +21,8 @@ from benchmarks.compare.apart import PeerError, apart
 from benchmarks.compare.ceiling import Ceiling, Machine, ModelShape
 from benchmarks.compare.charts import Bar, Bars, bars, curves
 from benchmarks.compare.contestants import PEERS, find_llama_server, streamkv, versions
-from benchmarks.compare.convert import neighbours
-from benchmarks.compare.rounds import AGAIN, Measured, figures
+from benchmarks.compare.convert import converted, neighbours
+from benchmarks.compare.rounds import AGAIN, Measured, Rounds, figures
 from benchmarks.workloads import WORKLOADS, Job, jobs
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -46,13 +47,19 @@ def test_streams_that_never_decode_together_have_no_decode_rate():
 
 # -- limits -----------------------------------------------------------------------------------------------------------
 
-SHAPE = ModelShape(body=100, head=10, width=2, kv_width=4, query_width=3)
+SHAPE = ModelShape(body=100, head=10, width=2, weight_width=2, kv_width=4, query_width=3)
 READS = Ceiling(SHAPE, Machine(bandwidth=1.0, peak=1e30))  # seconds are bytes
 COMPUTES = Ceiling(SHAPE, Machine(bandwidth=1e30, peak=1.0))  # seconds are operations
 
 
 def test_a_step_reads_weights_once_and_the_cache_of_each_stream():
     assert READS.step_s([5, 7]) == 2 * (110 + 4 * 12)
+
+
+def test_quantised_weights_are_read_as_they_are_kept_and_the_cache_as_before():
+    reads = replace(READS, shape=replace(SHAPE, weight_width=0.5))
+    assert reads.step_s([5, 7]) == 0.5 * 110 + 2 * 4 * 12
+    assert reads.prefill_s([Job([1, 2], 1)]) == 0.5 * 110
 
 
 def test_a_prefix_that_all_share_is_read_once():
@@ -99,6 +106,21 @@ def test_the_size_of_the_model_is_that_of_its_weights(tmp_path: Path):
     assert shape.body == sum(size for name, size in matrices.items() if name != "lm_head.weight")
     assert shape.head == matrices["lm_head.weight"]
     assert (shape.width, shape.kv_width, shape.query_width) == (4, 2 * 2 * 16, 2 * 32)
+    assert shape.weight_bytes == 4 * sum(matrices.values())
+    assert ModelShape.of(tmp_path, weight_bits=4.5) == replace(shape, weight_width=4.5 / 8)
+
+
+def test_who_has_quantised_weights_has_limits_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ModelShape, "of", lambda folder, weight_bits: replace(SHAPE, weight_width=(weight_bits or 16) / 8))
+    measured = Measured()
+    rounds = SimpleNamespace(folder=None)
+    rounds._most = Rounds._most.__get__(rounds)
+    Rounds._limits(rounds, {"single": measured}, [Job([1], 2)], streamkv(["auto"]), READS.machine)
+    assert measured.limits == [{"rate": 2 / (220 + 236), "prompt": 1 / 220, "decode": 1 / 236}]
+    assert {name: 1 / each["prompt"] for name, (each,) in measured.limits_of.items()} == {
+        "streamkv-int8": pytest.approx(110),
+        "streamkv-int4": pytest.approx(110 * 4.5 / 8),
+    }
 
 
 # -- ratios and aims --------------------------------------------------------------------------------------------------
@@ -116,6 +138,13 @@ def test_a_ratio_pairs_figures_of_the_same_round():
     measured = {"single": _measured(streamkv=[10.0, 40.0, 90.0], openvino=[10.0, 20.0, 30.0])}
     assert ratio(measured, "single", "rate", "streamkv", "openvino") == 2.0
     assert ratio(measured, "single", "rate", "streamkv", LIMIT) == 0.4
+
+
+def test_a_share_of_the_limit_is_that_of_its_own_weights():
+    measured = {"single": _measured(streamkv=[40.0], int8=[120.0])}
+    measured["single"].limits_of["int8"] = [{"rate": 200.0}]
+    assert ratio(measured, "single", "rate", "streamkv", LIMIT) == 0.4
+    assert ratio(measured, "single", "rate", "int8", LIMIT) == 0.6
 
 
 def test_who_was_too_slow_for_more_rounds_is_paired_in_those_it_had():
@@ -147,6 +176,12 @@ def test_aims_are_met_or_not_or_unknown():
     }
     assert found["*mixed32*, backend torch, to `generate`"]["met"] is None
     assert found["KV slots unfilled, *mixed32*, pool full"]["met"] is False
+
+
+def test_what_has_no_aim_is_shown_and_not_judged(capsys: pytest.CaptureFixture[str]):
+    measured = {"single": _measured(**{"streamkv": [10.0], "streamkv-int4": [25.0]})}
+    report.print_aims(report.aims(measured, None))
+    assert "| int4 *single* to our own bfloat16 | no aim | 2.50 × |  |" in capsys.readouterr().out
 
 
 def test_tables_name_everybody_and_what_failed(capsys: pytest.CaptureFixture[str]):
@@ -239,6 +274,16 @@ def test_contestants_have_names_of_their_own_and_known_workloads():
     assert len({each.name for each in everybody}) == len(everybody)
     assert {name for each in everybody for name in each.workloads} <= set(WORKLOADS)
     assert all(each.install for each in PEERS if each.elsewhere or each.program)
+
+
+def test_quantised_forms_are_made_of_the_plain_one_and_kept(tmp_path: Path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$3 of $(basename "$4")" > "$5"\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        assert converted("gguf-q4_k_m", tmp_path / "model", str(python)).read_text() == "gguf-q4_k_m of model.gguf\n"
+        assert (tmp_path / "model.gguf").read_text() == "gguf of model\n"
+        python.unlink(missing_ok=True)  # nothing is made a second time
 
 
 def test_tokens_are_new_in_every_round_and_lengths_are_not():
