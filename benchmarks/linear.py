@@ -2,9 +2,9 @@
 
 python -m benchmarks.linear [--rows 1 8 32 128 512] [--inputs 1024] [--outputs 5632] [--threads N] [--rounds 9] [--quick]
 
-As many layers as fill `--mebibytes` are called one after the other, so that weights come from memory as they do in a step. All
-kinds are timed in turns, and each round gives one ratio to oneDNN. "share" is that of the limit measured beside them: the weight's
-bytes over the read bandwidth or the operations over the peak of oneDNN at 1024 rows, whichever takes longer.
+As many layers as fill `--mebibytes` are called one after the other, so that weights come from memory as they do in a step.
+All kinds are timed in turns, and each round gives one ratio to oneDNN. "share" is that of the limit measured beside them: the
+weight's bytes over the read bandwidth or the operations over the peak of oneDNN at 1024 rows, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -59,9 +59,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         name: count * (2 * inputs * outputs if name == "oneDNN" else some[0].num_bytes) for name, some in layers.items()
     }
     bandwidth, peak = _bandwidth(), _peak(layers["oneDNN"][0], inputs, outputs)
-    print(
-        f"{count} layers of {inputs} × {outputs}; {arguments.threads} threads; read {bandwidth / 1e9:.1f} GB/s, peak {peak / 1e9:.0f} GFLOP/s\n"
-    )
+    limits = f"read {bandwidth / 1e9:.1f} GB/s, peak {peak / 1e9:.0f} GFLOP/s"
+    print(f"{count} layers of {inputs} × {outputs}; {arguments.threads} threads; {limits}\n")
     table = []
     for rows in arguments.rows:
         x = torch.randn(rows, inputs, dtype=torch.bfloat16)
