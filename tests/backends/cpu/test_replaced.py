@@ -116,7 +116,8 @@ MISFITS: dict[str, dict[str, tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_a_rotation_of_other_shapes_is_left_to_the_model(name: str) -> None:
     def fits(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = BF16) -> bool:
-        return _fits(*(torch.zeros(shapes[part], dtype=dtype) for part in ("q", "k", "cos", "sin")), OPS)  # type: ignore[arg-type]
+        q, k, cos, sin = (torch.zeros(shapes[part], dtype=dtype) for part in ("q", "k", "cos", "sin"))
+        return _fits(q, k, cos, sin, OPS)
 
     assert fits(ROPE)
     assert not fits(ROPE, torch.float32)
