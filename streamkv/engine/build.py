@@ -57,7 +57,7 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
     thread = RunnerThread()
     started = time.monotonic()
     try:
-        parts = await thread.submit(_load, config)
+        parts = await thread.submit(_load, config, thread.deliver)
     except BaseException:
         thread.close()
         raise
@@ -113,7 +113,7 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
         await engine.close()
 
 
-def _load(config: EngineConfig) -> _Parts:
+def _load(config: EngineConfig, on_pass: Callable[[], None]) -> _Parts:
     """Everything that touches torch; runs in the runner's thread."""
     backend, reason = load_backend(config.backend, config.device)
     log.info("backend_chosen", backend=backend.name, reason=reason)
@@ -165,5 +165,6 @@ def _load(config: EngineConfig) -> _Parts:
         processors=processors,
         tap=tap if tap.width else None,
         poison=config.poison,
+        on_pass=on_pass,
     )
     return _Parts(model, runner, num_blocks, max_model_len, backend.name, tap.width, processors)

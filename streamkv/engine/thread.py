@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Final, ParamSpec, TypeVar
 
@@ -28,17 +28,34 @@ FULL_COLLECTION_AFTER: Final = 100
 
 
 class RunnerThread:
-    """Runs functions one after the other in one thread of its own."""
+    """Runs functions one after the other in one thread of its own.
+
+    A result goes to the loop at once; but if the next function is waiting already, only when that one calls `deliver`, or ends:
+    the loop's work on a result then falls into the computation that follows, instead of holding up what leads to it.
+    """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="streamkv-runner")
         self._processor: int | None = None  # the thread's own clock
+        self._submitted = 0  # written by the loop's thread only
+        self._started = 0  # written by the runner's thread only
+        self._delivers = False
+        self._held: Callable[[], None] | None = None
         self.busy_since: float | None = None
         """When the function that runs now was started, on the monotonic clock; None = none does. For any thread to read."""
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
         """Start `function` after everything submitted before; its result as a future of the running loop."""
-        return asyncio.wrap_future(self._executor.submit(self._run, partial(function, *args, **kwargs)))
+        outcome: Future[T] = Future()
+        self._submitted += 1
+        running = self._executor.submit(self._run, outcome, partial(function, *args, **kwargs))
+        running.add_done_callback(lambda done: outcome.cancel() if done.cancelled() else None)
+        return asyncio.wrap_future(outcome)
+
+    def deliver(self) -> None:
+        """For the function that runs: it is about to compute for long, so let the loop have the result before its own."""
+        self._delivers = True
+        self._let_go()
 
     def computed(self) -> float:
         """Seconds of processor time that the thread has used so far; of the process, where that cannot be told."""
@@ -48,18 +65,36 @@ class RunnerThread:
             return time.clock_gettime(self._processor)
         return 0.0  # it has ended
 
-    def _run(self, call: Callable[[], T]) -> T:
+    def _run(self, outcome: Future[T], call: Callable[[], T]) -> None:
         if self._processor is None and hasattr(time, "pthread_getcpuclockid"):
             self._processor = time.pthread_getcpuclockid(threading.get_ident())
+        self._started += 1
+        if not outcome.set_running_or_notify_cancel():
+            self._let_go()
+            return
         self.busy_since = time.monotonic()
+        finish: Callable[[], None]
         try:
-            return call()
+            finish = partial(outcome.set_result, call())
+        except BaseException as error:
+            finish = partial(outcome.set_exception, error)
         finally:
             self.busy_since = None
+        self._let_go()
+        self._held = finish
+        # Where nobody calls `deliver`, a result would be held up for the whole time of the next function.
+        if not self._delivers or self._started == self._submitted:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            held, self._held = self._held, None
+            held()
 
     def close(self) -> None:
         """Wait for the function that runs, drop those that wait."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+        self._let_go()  # what was held for a function that was dropped
 
 
 def use_short_switch_interval() -> None:

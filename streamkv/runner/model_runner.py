@@ -6,7 +6,7 @@ in `last_token`, so that the next step can name it as its input before anybody o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -64,10 +64,12 @@ class ModelRunner:
         processors: Mapping[str, LogitsProcessor] | None = None,
         tap: HiddenTap | None = None,
         poison: bool = False,
+        on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """Set up empty tables.
 
         Args:
+            on_pass: called when a forward pass is about to begin.
             processors: logits processors that requests may ask for, by name.
             tap: where the model's hidden states can be had; None = no request asks for a vector.
             poison: debug: fill every newly handed out block with NaN, so that a read of an unwritten slot is seen.
@@ -76,6 +78,7 @@ class ModelRunner:
         self._backend = backend
         self._pool = pool
         self._poison = poison
+        self._on_pass = on_pass
         self._block_size = pool.spec.block_size
         self._context = KVContext(backend)
         blocks_per_row = -(-max_model_len // self._block_size)
@@ -157,6 +160,7 @@ class ModelRunner:
             keep = np.concatenate([keep, *(np.arange(part.first, part.first + part.end - part.start) for part in ranges)])
         if self._prompts.pools and self._tap is not None:
             self._tap.expect()
+        self._on_pass()
         logits = self._forward(batch.tokens, batch.positions, keep)
         return self._finish(batch, ranges, logits)
 

@@ -11,8 +11,8 @@ import torch
 from benchmarks.compare.adapters import Opened
 from benchmarks.compare.hf import load
 
-_FLOOR = 1e-3
-"""Least error, in standard deviations of the logits: llama.cpp takes exponentials from a table of 16 bits even in float32."""
+_FLOOR = 2e-3
+"""Least error, in standard deviations of the logits: llama.cpp strays 4.7e-3 from float32 where it computes in float32 itself."""
 
 
 @contextmanager
