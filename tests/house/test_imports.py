@@ -50,8 +50,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "streamkv.__main__": {"streamkv.cli"},
     # the top level's lazy names
     "streamkv": {"streamkv.llm", "streamkv.async_engine", "streamkv.outputs", "streamkv.sampling_params"},
-    "streamkv_backends": SEAM | {"streamkv.errors"},
-    "streamkv_kernels": set(),
+    "streamkv.code_cache": {"streamkv.errors"},
+    "streamkv_kernels": {"streamkv.errors", "streamkv.code_cache"},
+    "streamkv_backends": SEAM | {"streamkv.errors", "streamkv.code_cache", "streamkv_kernels"},
 }
 
 FORBIDDEN_OUTSIDE: dict[str, set[str]] = {
