@@ -22,7 +22,7 @@ template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 
 #ifdef SKV_EMU
-#include "emulator.h"
+#include "emulated_device.h"
 #else
 
 #define NEG_INF __int_as_float((int)0xff800000)
@@ -77,6 +77,13 @@ SKV_DEV void store16(void* pointer, u32x4 value) { *static_cast<u32x4*>(pointer)
 SKV_DEV float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 SKV_DEV float lg2(float x) { float y; asm("lg2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 SKV_DEV float rsqrt(float x) { float y; asm("rsqrt.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
+
+// IEEE operations that no compiler merges or approximates: the same bits everywhere. fma_rn rounds once.
+SKV_DEV float add_rn(float a, float b) { return __fadd_rn(a, b); }
+SKV_DEV float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+SKV_DEV float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+SKV_DEV float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+SKV_DEV void atomic_add(u64* pointer, u64 value) { atomicAdd(pointer, value); }
 
 SKV_DEV float to_f32(bf16 x) { return float_of((u32)x.bits << 16); }
 SKV_DEV float to_f32(f16 x) { float y; asm("cvt.f32.f16 %0,%1;" : "=f"(y) : "h"(x.bits)); return y; }

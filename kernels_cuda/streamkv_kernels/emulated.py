@@ -45,8 +45,8 @@ class _Extent(Structure):
 
 
 _COUNTERS: Final = (
-    *("mma", "ldmatrix", "ldmatrix_wavefronts", "copies", "copy_wavefronts", "copy_sectors", "shuffles", "exponentials"),
-    *("block_barriers", "warp_barriers", "switches"),
+    *("mma", "ldmatrix", "ldmatrix_wavefronts", "copies", "shuffles", "exponentials", "block_barriers", "warp_barriers"),
+    *("switches", "shared_wavefronts", "least_shared_wavefronts", "global_sectors", "least_global_sectors"),
 )
 
 
@@ -63,8 +63,8 @@ class _Failure(Structure):
 
 class _Launch(Structure):
     _fields_ = [
-        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared_bytes", c_uint), ("order", c_int), ("early_copies", c_int),
-        ("seed", c_uint64), ("time_limit_s", c_double), ("num_extents", c_uint64), ("extents", POINTER(_Extent)),
+        ("grid", c_uint * 3), ("block", c_uint * 3), ("shared_bytes", c_uint),
+        ("order", c_int), ("early_copies", c_int), ("record_traffic", c_int), ("seed", c_uint64), ("time_limit_s", c_double), ("num_extents", c_uint64), ("extents", POINTER(_Extent)),
         ("counters", POINTER(_Counters)), ("failure", POINTER(_Failure)),
     ]  # fmt: skip  # in the order of the struct
 
@@ -111,7 +111,8 @@ class EmulatedDevice:
         cache: where compiled libraries are kept; None = the user's cache folder.
         optimize: level of g++: 1 compiles faster, 2 runs faster.
         time_limit_s: of a launch.
-        counters: what the latest launch did.
+        record_traffic: count wavefronts of shared and sectors of global memory too, in a checked device.
+        counters: what the latest launch did; `emulator.h` says of each what it counts.
     """
 
     checked: bool = False
@@ -121,6 +122,7 @@ class EmulatedDevice:
     num_sms: int = 4
     optimize: int = 2
     time_limit_s: float = 60.0
+    record_traffic: bool = False
     counters: dict[str, int] = field(default_factory=dict)
     _libraries: dict[Variant, _Library] = field(default_factory=dict)
 
@@ -275,8 +277,9 @@ class EmulatedBound:
             raise ValueError(f"{kernel.name}: {kernel.shared_bytes} bytes of shared memory; a block can have 232448 at most")
         counters, failure = _Counters(), _Failure()
         launch = _Launch(
-            grid, block, kernel.shared_bytes, _ORDERS[device.schedule.order], device.schedule.early_copies, device.schedule.seed,
-            device.time_limit_s, self._num_extents, self._extents, pointer(counters), pointer(failure),
+            grid, block, kernel.shared_bytes, _ORDERS[device.schedule.order], device.schedule.early_copies,
+            device.record_traffic, device.schedule.seed, device.time_limit_s, self._num_extents, self._extents,
+            pointer(counters), pointer(failure),
         )  # fmt: skip  # in the order of the struct
         failed = kernel.function(byref(launch), self._pointers)
         device.counters = {name: getattr(counters, name) for name in _COUNTERS}

@@ -10,6 +10,7 @@
 // A failure never ends the process: `fail` writes down what and where, leaves all fibers as they stand and returns to the host.
 // Kernels therefore hold nothing that needs a destructor.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <csetjmp>
 #include <csignal>
@@ -19,8 +20,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
-#include <algorithm>
+#include <deque>
 #include <mutex>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 #include <pthread.h>
@@ -53,13 +55,16 @@ namespace {
 // ---------------------------------------------------------------- what Python gives and gets (emulated.py has the same structs)
 
 struct Extent { uintptr_t begin, end; };
+// A wavefront is one turn of the 32 banks of shared memory, a sector 32 bytes of global memory; `least_` as if accesses were perfect.
 struct Counters {
-  u64 mma, ldmatrix, ldmatrix_wavefronts, copies, copy_wavefronts, copy_sectors, shuffles, exponentials, block_barriers, warp_barriers, switches;
+  u64 mma, ldmatrix, ldmatrix_wavefronts, copies, shuffles, exponentials, block_barriers, warp_barriers, switches;
+  u64 shared_wavefronts, least_shared_wavefronts, global_sectors, least_global_sectors;   // where traffic is recorded
 };
 struct Failure { unsigned block[3]; int thread, other; u64 where, other_where; char what[240]; };
 struct Launch {
   unsigned grid[3], block[3], shared_bytes;
   int order, early_copies;   // order: OLDEST, NEWEST, RANDOM
+  int record_traffic;        // in the checked build
   u64 seed;
   double time_limit_s;
   u64 num_extents;
@@ -90,12 +95,22 @@ struct Lane {
   ucontext_t context;
 };
 
-struct Warp { int arrived = 0; const char* op = ""; int epoch = 0; };
+// The nth access of each lane of a warp at one place in the kernel, taken for one instruction of the warp.
+struct Row { uintptr_t address[32]; u32 present; };
+struct Traffic { unsigned bytes; bool shared; u64 dropped; u64 next[32]; std::deque<Row> rows; };
 
-// Who touched two bytes of shared memory last. A thread of -1 is nobody; MANY are readers of several warps.
-struct Touch { int thread, warp_epoch, block_epoch; };
-constexpr int NOBODY = -1, MANY = -2;
-struct Shadow { Touch write{NOBODY, 0, 0}, read{NOBODY, 0, 0}; int copying = NOBODY; };
+struct Warp {
+  int arrived = 0;
+  const char* op = "";   // of those that have arrived
+  int epoch = 0;         // how many barriers of the warp there have been
+  std::unordered_map<const void*, Traffic> traffic;
+};
+
+constexpr int NOBODY = -1;
+enum Who { ONE, OF_A_WARP, ANYBODY };
+// Who wrote two bytes of shared memory last (ANYBODY: atomically), and who has read them since.
+struct Touch { int thread = NOBODY, warp_epoch = 0, block_epoch = 0; Who who = ONE; };
+struct Shadow { Touch write, read; int copying = NOBODY; };
 
 struct Machine {
   const Launch& launch;
@@ -121,8 +136,8 @@ struct Machine {
   explicit Machine(const Launch& l);
   ~Machine();
 };
-static Machine* M = nullptr;
-static std::mutex one_launch_at_a_time;
+Machine* M = nullptr;
+std::mutex one_launch_at_a_time;
 
 [[noreturn]] EMU_FN void fail_at(const void* where, int other, const char* format, ...) {
   Failure& failure = *M->launch.failure;
@@ -142,7 +157,7 @@ EMU_FN void check_time(const void* where) {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   const double seconds = double(now.tv_sec - M->begun.tv_sec) + 1e-9 * double(now.tv_nsec - M->begun.tv_nsec);
-  if (M->launch.time_limit_s > 0 && seconds > M->launch.time_limit_s) fail_at(where, -1, "it runs longer than %g s", M->launch.time_limit_s);
+  if (M->launch.time_limit_s > 0 && seconds > M->launch.time_limit_s) fail_at(where, NOBODY, "it runs longer than %g s", M->launch.time_limit_s);
 }
 
 // ---------------------------------------------------------------- fibers
@@ -195,7 +210,7 @@ EMU_FN void run_another() {
       if (M->lanes[i].state != DONE && M->lanes[i].where != M->lanes[waits].where) other = i;
     M->current = waits;
     if (other >= 0) fail_at(M->lanes[waits].where, other, "divergence: thread %d waits in %s, thread %d in %s", waits, M->lanes[waits].op, other, M->lanes[other].op);
-    fail_at(M->lanes[waits].where, -1, "divergence: thread %d waits in %s, %d threads have ended", waits, M->lanes[waits].op, M->num_threads - M->alive);
+    fail_at(M->lanes[waits].where, NOBODY, "divergence: thread %d waits in %s, %d threads have ended", waits, M->lanes[waits].op, M->num_threads - M->alive);
   }
   const int next = take_ready();
   if (next == M->current) return;
@@ -246,29 +261,79 @@ struct Inside {
 // Ordered before the current thread: by itself, by a barrier of the block, or of its warp since then.
 EMU_FN bool ordered(const Touch& touch) {
   const int me = M->current;
-  if (touch.thread == NOBODY || touch.thread == me || touch.block_epoch != M->block_epoch) return true;
-  return touch.thread >= 0 && touch.thread / 32 == me / 32 && touch.warp_epoch != M->warps[me / 32].epoch;
+  if (touch.thread == NOBODY || touch.block_epoch != M->block_epoch) return true;
+  if (touch.thread == me && touch.who == ONE) return true;
+  return touch.thread / 32 == me / 32 && touch.who != ANYBODY && touch.warp_epoch != M->warps[me / 32].epoch;
+}
+
+EMU_FN void note_reader(Touch& read, const Touch& now) {
+  const bool first = read.thread == NOBODY || read.block_epoch != now.block_epoch;
+  if (first) read = now;
+  else if (read.thread / 32 != now.thread / 32) read.who = ANYBODY;
+  else if (read.who == ANYBODY) return;
+  else if (read.warp_epoch != now.warp_epoch) read = now;   // what comes after the newest comes after the older ones too
+  else if (read.thread != now.thread) read.who = OF_A_WARP;
 }
 
 EMU_FN void touch_shared(const void* where, size_t first, size_t bytes, bool writes) {
   const char* verb = writes ? "writes" : "reads";
-  const int me = M->current;
-  const Touch now{me, M->warps[me / 32].epoch, M->block_epoch};
-  if (writes && bytes == 1) fail_at(where, -1, "it writes a single byte of shared memory, which is watched in pairs");
+  const Touch now{M->current, M->warps[M->current / 32].epoch, M->block_epoch, ONE};
+  if (writes && bytes == 1) fail_at(where, NOBODY, "it writes a single byte of shared memory, which is watched in pairs");
   for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
     Shadow& s = M->shadow[i];
-    if (s.copying != NOBODY) fail_at(where, s.copying, "race: it %s shared byte %zu, to which a cp.async of thread %d is in flight", verb, 2 * i, s.copying);
+    if (s.copying != NOBODY) fail_at(where, s.copying, "race: it %s shared byte %zu while a cp.async of thread %d is in flight to it", verb, 2 * i, s.copying);
     if (!ordered(s.write)) fail_at(where, s.write.thread, "race: it %s shared byte %zu, which thread %d wrote without a barrier since", verb, 2 * i, s.write.thread);
-    if (writes) {
-      if (!ordered(s.read)) fail_at(where, s.read.thread, "race: it writes shared byte %zu, which another thread (%d) read without a barrier since", 2 * i, s.read.thread);
-      s.write = now, s.read.thread = NOBODY;
-    } else if (s.read.thread == NOBODY || s.read.block_epoch != M->block_epoch || (s.read.thread >= 0 && s.read.thread / 32 == me / 32)) {
-      // Within a warp the newest epoch decides; of two readers in one, neither may be forgotten: keep a thread that is not the writer to come.
-      if (s.read.thread >= 0 && s.read.thread != me && s.read.block_epoch == M->block_epoch && s.read.warp_epoch == now.warp_epoch) continue;
-      s.read = now;
-    } else {
-      s.read = {MANY, 0, M->block_epoch};
+    if (!writes) {
+      note_reader(s.read, now);
+      continue;
     }
+    if (!ordered(s.read)) fail_at(where, s.read.thread, "race: it writes shared byte %zu, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
+    s.write = now, s.read = Touch{};
+  }
+}
+
+// How often shared memory is accessed for `count` lanes: those whose words lie in one bank take turns, unless the word is the same.
+EMU_FN int wavefronts(const uintptr_t* addresses, int count, unsigned bytes) {
+  uintptr_t words[32];
+  int num_words = 0, of_bank[32] = {}, most = 0;
+  for (int i = 0; i < count; i++)
+    for (uintptr_t word = addresses[i] / 4; word <= (addresses[i] + bytes - 1) / 4; word++) {
+      if (std::find(words, words + num_words, word) != words + num_words) continue;
+      words[num_words++] = word;
+      most = std::max(most, ++of_bank[word % 32]);
+    }
+  return most;
+}
+
+EMU_FN void count_row(const Traffic& traffic, const Row& row) {
+  uintptr_t addresses[32], sectors[64];
+  int count = 0, num_sectors = 0;
+  for (int lane = 0; lane < 32; lane++)
+    if (row.present >> lane & 1) addresses[count++] = row.address[lane];
+  if (traffic.shared) {   // 128 bytes at a time
+    const int turn = std::max(1, (int)(128 / std::max(4u, traffic.bytes)));
+    for (int i = 0; i < count; i += turn) M->counters.shared_wavefronts += wavefronts(addresses + i, std::min(turn, count - i), traffic.bytes), M->counters.least_shared_wavefronts++;
+    return;
+  }
+  for (int i = 0; i < count; i++)
+    for (uintptr_t sector = addresses[i] / 32; sector <= (addresses[i] + traffic.bytes - 1) / 32; sector++)
+      if (num_sectors < 64 && std::find(sectors, sectors + num_sectors, sector) == sectors + num_sectors) sectors[num_sectors++] = sector;
+  M->counters.global_sectors += num_sectors;
+  std::sort(addresses, addresses + count);
+  const int distinct = int(std::unique(addresses, addresses + count) - addresses);   // lanes that read one address share it
+  M->counters.least_global_sectors += (distinct * traffic.bytes + 31) / 32;
+}
+
+EMU_FN void record(const void* where, uintptr_t address, unsigned bytes, bool shared) {
+  const int lane = M->current % 32;
+  Traffic& traffic = M->warps[M->current / 32].traffic[where];
+  traffic.bytes = bytes, traffic.shared = shared;
+  const u64 nth = traffic.next[lane]++ - traffic.dropped;
+  if (nth >= traffic.rows.size()) traffic.rows.resize(nth + 1, Row{});
+  traffic.rows[nth].address[lane] = address, traffic.rows[nth].present |= 1u << lane;
+  while (!traffic.rows.empty() && traffic.rows.front().present == ~0u) {
+    count_row(traffic, traffic.rows.front());
+    traffic.rows.pop_front(), traffic.dropped++;
   }
 }
 
@@ -280,16 +345,30 @@ EMU_FN void touch(const void* where, const void* pointer, size_t bytes, bool wri
   const uintptr_t address = (uintptr_t)pointer, shared = (uintptr_t)M->shared;
   const char* verb = writes ? "write" : "read";
   if (address - (uintptr_t)M->stacks < STACK * M->num_threads) return;
-  if ((bytes & (bytes - 1)) == 0 && address % bytes) fail_at(where, -1, "misaligned %s of %zu bytes", verb, bytes);
-  if (address - shared < MOST_SHARED) {
-    if (address + bytes > shared + M->launch.shared_bytes) fail_at(where, -1, "%s of %zu bytes past the %u bytes of shared memory", verb, bytes, M->launch.shared_bytes);
+  if ((bytes & (bytes - 1)) == 0 && address % bytes) fail_at(where, NOBODY, "misaligned %s of %zu bytes", verb, bytes);
+  const bool is_shared = address - shared < MOST_SHARED;
+  if (M->launch.record_traffic) record(where, address, (unsigned)bytes, is_shared);
+  if (is_shared) {
+    if (address + bytes > shared + M->launch.shared_bytes) fail_at(where, NOBODY, "%s of %zu bytes past the %u bytes of shared memory", verb, bytes, M->launch.shared_bytes);
     touch_shared(where, address - shared, bytes, writes);
     return;
   }
   for (u64 i = 0; i < M->launch.num_extents; i++)
     if (address >= M->launch.extents[i].begin && address + bytes <= M->launch.extents[i].end) return;
   if (!writes && address >= (uintptr_t)__ehdr_start && address + bytes <= (uintptr_t)_end) return;   // a table of the kernel's own
-  fail_at(where, -1, "%s of %zu bytes that belong to none of its tensors", verb, bytes);
+  fail_at(where, NOBODY, "%s of %zu bytes that belong to none of its tensors", verb, bytes);
+}
+
+// Atomic operations need no order among themselves, but a barrier between them and everything else.
+EMU_FN void touch_atomically(const void* where, const void* pointer, size_t bytes) {
+  const uintptr_t first = (uintptr_t)pointer - (uintptr_t)M->shared;
+  if (first >= M->launch.shared_bytes) return touch(where, pointer, bytes, true);
+  for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
+    Shadow& s = M->shadow[i];
+    if (s.write.who != ANYBODY && !ordered(s.write)) fail_at(where, s.write.thread, "race: it changes shared byte %zu atomically, which thread %d wrote without a barrier since", 2 * i, s.write.thread);
+    if (!ordered(s.read)) fail_at(where, s.read.thread, "race: it changes shared byte %zu atomically, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
+    s.write = {M->current, 0, M->block_epoch, ANYBODY}, s.read = Touch{};
+  }
 }
 
 EMU_FN void set_copying(const unsigned char* shared, int thread) {
@@ -324,7 +403,7 @@ template <class Work> EMU_FN void collective(const char* op, void* operands, boo
 EMU_FN void block_barrier() {
   const int me = M->current;
   M->counters.block_barriers++;
-  if (M->alive < M->num_threads) fail_at(M->lanes[me].where, -1, "divergence: %d threads have ended, thread %d is in sync_block", M->num_threads - M->alive, me);
+  if (M->alive < M->num_threads) fail_at(M->lanes[me].where, NOBODY, "divergence: %d threads have ended, thread %d is in sync_block", M->num_threads - M->alive, me);
   M->lanes[me].state = IN_BLOCK;
   if (++M->in_barrier == M->num_threads) {
     M->in_barrier = 0;
@@ -332,16 +411,6 @@ EMU_FN void block_barrier() {
     for (int i = 0; i < M->num_threads; i++) make_ready(i);
   }
   run_another();
-}
-
-// How often shared memory is accessed for 8 rows of 16 bytes: lanes whose rows lie in the same banks take turns.
-EMU_FN int wavefronts(const void* const* rows) {
-  int most = 0, of_bank[8] = {};
-  for (int i = 0; i < 8; i++) {
-    if (std::find(rows, rows + i, rows[i]) != rows + i) continue;
-    most = std::max(most, ++of_bank[(uintptr_t)rows[i] / 16 % 8]);
-  }
-  return most;
 }
 
 EMU_FN void finish_copy(const Lane& lane, const Copy& copy) {
@@ -359,188 +428,8 @@ EMU_FN dim3 block_index() { return M->block_index; }
 EMU_FN dim3 block_size() { return {M->launch.block[0], M->launch.block[1], M->launch.block[2]}; }
 EMU_FN dim3 grid_size() { return {M->launch.grid[0], M->launch.grid[1], M->launch.grid[2]}; }
 
-template <bool TRANSPOSED> EMU_FN void load_matrices(const char* op, const void* where, u32 (&result)[4], const void* row) {
-  struct Operands { u32* result; const u16* row; } mine{result, static_cast<const u16*>(row)};
-  Inside inside(op, where);
-  if ((uintptr_t)row % 16) fail_at(where, -1, "misaligned row address of %s", op);
-  if ((uintptr_t)row - (uintptr_t)M->shared + 16 > M->launch.shared_bytes) fail_at(where, -1, "%s reads outside of the %u bytes of shared memory", op, M->launch.shared_bytes);
-  if (EMU_CHECKED) touch(where, row, 16, false);
-  collective(op, &mine, false, [](Lane* lanes) {
-    M->counters.ldmatrix++;
-    auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane].operands); };
-    for (int matrix = 0; matrix < 4; matrix++) {
-      const void* rows[8];
-      for (int i = 0; i < 8; i++) rows[i] = of(8 * matrix + i)->row;
-      M->counters.ldmatrix_wavefronts += wavefronts(rows);
-      for (int lane = 0; lane < 32; lane++) {
-        const int a = lane / 4, b = lane % 4 * 2;
-        auto at = [&](int r, int column) { return (u32)of(8 * matrix + r)->row[column]; };
-        of(lane)->result[matrix] = TRANSPOSED ? at(b, a) | at(b + 1, a) << 16 : at(a, b) | at(a, b + 1) << 16;
-      }
-    }
-  });
-}
-
-// ---------------------------------------------------------------- numbers
-
-EMU_FN float f16_value(u32 bits) {
-  const u32 exponent = bits >> 10 & 31, mantissa = bits & 1023;
-  const float magnitude = exponent == 0    ? ldexpf((float)mantissa, -24)
-                          : exponent == 31 ? (mantissa ? NAN : INFINITY)
-                                           : ldexpf((float)(1024 + mantissa), (int)exponent - 25);
-  return bits & 0x8000 ? -magnitude : magnitude;
-}
-static const float* f16_table() {
-  static const std::vector<float> table = [] {
-    std::vector<float> all(65536);
-    for (u32 i = 0; i < 65536; i++) all[i] = f16_value(i);
-    return all;
-  }();
-  return table.data();
-}
-static const float* const F16 = f16_table();
 }  // namespace
 }  // namespace emu
-
-#define threadIdx (emu::thread_index())
-#define blockIdx (emu::block_index())
-#define blockDim (emu::block_size())
-#define gridDim (emu::grid_size())
-#define EMU_ENTER(name) const void* const where = EMU_CALLER; emu::Inside inside(name, where)
-
-SKV_DEV int min(int a, int b) { return a < b ? a : b; }
-SKV_DEV int max(int a, int b) { return a > b ? a : b; }
-SKV_DEV i64 min(i64 a, i64 b) { return a < b ? a : b; }
-SKV_DEV i64 max(i64 a, i64 b) { return a > b ? a : b; }
-EMU_FN u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
-EMU_FN float float_of(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
-
-EMU_FN void sync_block() { EMU_ENTER("sync_block"); emu::block_barrier(); }
-EMU_FN void sync_warp() { EMU_ENTER("sync_warp"); emu::M->counters.warp_barriers++; emu::collective("sync_warp", nullptr, true, [](emu::Lane*) {}); }
-template <class T> EMU_FN T shfl_xor(T value, int mask) {
-  struct Operands { T value, result; int mask; } mine{value, value, mask};
-  EMU_ENTER("shfl_xor");
-  emu::collective("shfl_xor", &mine, false, [](emu::Lane* lanes) {
-    emu::M->counters.shuffles++;
-    auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane].operands); };
-    for (int lane = 0; lane < 32; lane++) of(lane)->result = of((lane ^ of(lane)->mask) & 31)->value;
-  });
-  return mine.result;
-}
-template <class T> EMU_FN T shfl(T value, int lane) {
-  struct Operands { T value, result; int lane; } mine{value, value, lane};
-  EMU_ENTER("shfl");
-  emu::collective("shfl", &mine, false, [](emu::Lane* lanes) {
-    emu::M->counters.shuffles++;
-    auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane].operands); };
-    for (int lane = 0; lane < 32; lane++) of(lane)->result = of(of(lane)->lane & 31)->value;
-  });
-  return mine.result;
-}
-
-EMU_FN float to_f32(bf16 x) { return float_of((u32)x.bits << 16); }
-EMU_FN float to_f32(f16 x) { return emu::F16[x.bits]; }
-EMU_FN u16 bf16_bits(float x) {
-  const u32 bits = bits_of(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
-  return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-EMU_FN u16 f16_bits(float x) {
-  const u32 bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fff;
-  if (magnitude >= 0x477ff000u) return (u16)(sign | 0x7c00u);   // 65520 and more
-  if (magnitude < 0x38800000u) return (u16)(sign | (u32)nearbyintf(ldexpf(float_of(magnitude), 24)));   // below 2^-14
-  return (u16)(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
-}
-EMU_FN int round_to_int(float x) { return std::isnan(x) ? 0 : (int)nearbyintf(x); }
-template <class T> EMU_FN u32 pack(float lo, float hi) {
-  if constexpr (same<T, bf16>) return (u32)bf16_bits(lo) | (u32)bf16_bits(hi) << 16;
-  else return (u32)f16_bits(lo) | (u32)f16_bits(hi) << 16;
-}
-EMU_FN u32 byte_perm(u32 a, u32 b, u32 pick) {
-  const u64 bytes = (u64)b << 32 | a;
-  u32 result = 0;
-  for (int i = 0; i < 4; i++) result |= (u32)(bytes >> 8 * (pick >> 4 * i & 7) & 0xff) << 8 * i;
-  return result;
-}
-EMU_FN u32 f16x2_mul(u32 a, u32 b) { return pack<f16>(emu::F16[a & 0xffff] * emu::F16[b & 0xffff], emu::F16[a >> 16] * emu::F16[b >> 16]); }
-EMU_FN u32 f16x2_sub(u32 a, u32 b) { return pack<f16>(emu::F16[a & 0xffff] - emu::F16[b & 0xffff], emu::F16[a >> 16] - emu::F16[b >> 16]); }
-
-EMU_FN float ex2(float x) { emu::M->counters.exponentials++; return exp2f(x); }
-EMU_FN float lg2(float x) { return log2f(x); }
-EMU_FN float rsqrt(float x) { return 1.f / sqrtf(x); }
-
-template <class T> EMU_FN void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-  struct Operands { float* d; const u32* a; u32 b[2]; } mine{d, a, {b0, b1}};
-  EMU_ENTER("mma_m16n8k16");
-  emu::collective("mma_m16n8k16", &mine, false, [](emu::Lane* lanes) __attribute__((no_sanitize_thread)) {
-    emu::M->counters.mma++;
-    float left[16][16], right[16][8], sum[16][8];
-    for (int lane = 0; lane < 32; lane++) {   // PTX: the fragments of a lane, group `g`, place `t` in it
-      const Operands& of = *static_cast<Operands*>(lanes[lane].operands);
-      const int g = lane / 4, t = lane % 4 * 2;
-      for (int i = 0; i < 8; i++) left[g + (i / 2 & 1) * 8][t + (i & 1) + i / 4 * 8] = to_f32(T{(u16)(of.a[i / 2] >> (i & 1) * 16)});
-      for (int i = 0; i < 4; i++) right[t + (i & 1) + i / 2 * 8][g] = to_f32(T{(u16)(of.b[i / 2] >> (i & 1) * 16)});
-      for (int i = 0; i < 4; i++) sum[g + i / 2 * 8][t + (i & 1)] = of.d[i];
-    }
-    for (int row = 0; row < 16; row++)
-      for (int k = 0; k < 16; k++)
-        for (int column = 0; column < 8; column++) sum[row][column] += left[row][k] * right[k][column];
-    for (int lane = 0; lane < 32; lane++)
-      for (int i = 0; i < 4; i++)
-        static_cast<Operands*>(lanes[lane].operands)->d[i] = sum[lane / 4 + i / 2 * 8][lane % 4 * 2 + (i & 1)];
-  });
-}
-EMU_FN void ldmatrix_x4(u32 (&r)[4], const void* row) { emu::load_matrices<false>("ldmatrix_x4", EMU_CALLER, r, row); }
-EMU_FN void ldmatrix_x4_trans(u32 (&r)[4], const void* row) { emu::load_matrices<true>("ldmatrix_x4_trans", EMU_CALLER, r, row); }
-
-EMU_FN void cp_async16(void* shared, const void* global, bool pred) {
-  EMU_ENTER("cp_async16");
-  emu::Machine& m = *emu::M;
-  unsigned char* const target = static_cast<unsigned char*>(shared);
-  if (((uintptr_t)shared | (uintptr_t)global) % 16) emu::fail_at(where, -1, "misaligned address of cp_async16");
-  if ((uintptr_t)target - (uintptr_t)m.shared + 16 > m.launch.shared_bytes) emu::fail_at(where, -1, "cp_async16 writes outside of the %u bytes of shared memory", m.launch.shared_bytes);
-  m.counters.copies++;
-  if (EMU_CHECKED && pred) emu::touch(where, global, 16, false);
-  if (EMU_CHECKED) emu::touch_shared(where, target - m.shared, 16, true);
-  const emu::Copy copy{target, global, pred};
-  if (m.launch.early_copies) {
-    emu::finish_copy(m.lanes[m.current], copy);
-  } else {
-    memset(target, 0xff, 16);
-    m.lanes[m.current].copies.push_back(copy);
-  }
-  if (EMU_CHECKED && !m.launch.early_copies) emu::set_copying(target, m.current);
-}
-EMU_FN void cp_async_commit() {
-  EMU_ENTER("cp_async_commit");
-  emu::Lane& lane = emu::M->lanes[emu::M->current];
-  size_t before = 0;
-  for (size_t group : lane.groups) before += group;
-  lane.groups.push_back(lane.copies.size() - before);
-}
-template <int N> EMU_FN void cp_async_wait() {
-  EMU_ENTER("cp_async_wait");
-  emu::Lane& lane = emu::M->lanes[emu::M->current];
-  while (lane.groups.size() > (size_t)N) {
-    for (size_t i = 0; i < lane.groups[0]; i++) emu::finish_copy(lane, lane.copies[i]);
-    lane.copies.erase(lane.copies.begin(), lane.copies.begin() + (long)lane.groups[0]);
-    lane.groups.erase(lane.groups.begin());
-  }
-}
-
-EMU_FN u32x4 load16(const void* pointer) {
-  EMU_ENTER("load16");
-  if ((uintptr_t)pointer % 16) emu::fail_at(where, -1, "misaligned read of 16 bytes");
-  if (EMU_CHECKED) emu::touch(where, pointer, 16, false);
-  return *static_cast<const u32x4*>(pointer);
-}
-EMU_FN void store16(void* pointer, u32x4 value) {
-  EMU_ENTER("store16");
-  if ((uintptr_t)pointer % 16) emu::fail_at(where, -1, "misaligned write of 16 bytes");
-  if (EMU_CHECKED) emu::touch(where, pointer, 16, true);
-  *static_cast<u32x4*>(pointer) = value;
-}
 
 // ---------------------------------------------------------------- launching
 
@@ -559,8 +448,8 @@ EMU_FN void on_signal(int number, siginfo_t* info, void* context) {
   const void* where = M->lanes[M->current].where;
 #endif
   const uintptr_t address = (uintptr_t)info->si_addr, stacks = (uintptr_t)M->stacks;
-  if (number == SIGFPE) fail_at(where, -1, "division by zero");
-  fail_at(where, -1, address - stacks < STACK * M->num_threads ? "its stack overflows" : "it touches memory that is not mapped (signal %d)", number);
+  if (number == SIGFPE) fail_at(where, NOBODY, "division by zero");
+  fail_at(where, NOBODY, address - stacks < STACK * M->num_threads ? "its stack overflows" : "it touches memory that is not mapped (signal %d)", number);
 }
 
 // While a launch runs, a wild pointer is a failure of the launch.
@@ -615,8 +504,12 @@ EMU_FN void run_block(Machine& m, u64 number) {
     m.current = i;
     u64 mark;
     memcpy(&mark, m.stacks + STACK * i, sizeof mark);
-    if (mark != STACK_MARK) fail_at(m.lanes[i].where, -1, "its stack overflows");
-    if (!m.lanes[i].copies.empty()) fail_at(m.lanes[i].where, -1, "it ends while %zu of its cp.async are in flight", m.lanes[i].copies.size());
+    if (mark != STACK_MARK) fail_at(m.lanes[i].where, NOBODY, "its stack overflows");
+    for (auto& [where, traffic] : m.warps[i / 32].traffic) {   // instructions of which some lanes had no part
+      for (const Row& row : traffic.rows) count_row(traffic, row);
+      traffic.rows.clear();
+    }
+    if (!m.lanes[i].copies.empty()) fail_at(m.lanes[i].where, NOBODY, "it ends while %zu of its cp.async are in flight", m.lanes[i].copies.size());
   }
 }
 
