@@ -8,7 +8,7 @@
 //   load_keys      B fragments of one stage's keys: for loops that keep queries in shared memory;  score_tile is the whole q k^T
 //   finish_scores  raw products -> scores in log2 units: key scales, soft-cap, and -inf where a row may not see a token
 //   soften         online softmax over N tiles: running maximum and sum, accumulator rescaled, scores become weights
-//   value_tile     accumulator += weights x values;  finish_softmax after the last tile
+//   value_tile     accumulator += weights x values (weight_fragments, load_values, add_values);  finish_softmax after the last tile
 //   State          a softmax that is not finished, of one row and one column: what pieces of a row leave and `join` puts together
 //
 // Compile-time: HEAD_DIM (a multiple of 16), IO (bf16, f16: queries and outputs), KV (IO, or e4m3, i8: the cache). 8-bit caches have a
@@ -245,11 +245,10 @@ template <int N> SKV_DEV void soften(Softmax& softmax, float (&scores)[N][2][4])
   }
 }
 
-// softmax.out += weights x values of the stage.
-SKV_DEV void value_tile(Softmax& softmax, const float (&weights)[2][4], const unsigned char* stage) {
+// A fragments of a tile's weights, times the scales of its values.
+SKV_DEV void weight_fragments(u32 (&fragment)[4], const float (&weights)[2][4], const unsigned char* stage) {
   const int t = lane_id() % 4;
   const float* value_scales = reinterpret_cast<const float*>(stage + 2 * TILE_BYTES + SCALE_BYTES);
-  u32 fragment[4];
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     float pair[2];
@@ -261,16 +260,27 @@ SKV_DEV void value_tile(Softmax& softmax, const float (&weights)[2][4], const un
     }
     fragment[i] = pack<IO>(pair[0], pair[1]);
   }
+}
+
+// softmax.out += weights x what load_values gave for `load`.
+SKV_DEV void add_values(Softmax& softmax, const u32 (&weights)[4], const u32 (&values)[LOAD_STEPS][4], int load) {
+#pragma unroll
+  for (int i = 0; i < LOAD_STEPS && load * LOAD_STEPS + i < STEPS; i++) {
+    const int step = load * LOAD_STEPS + i;
+    mma_m16n8k16<IO>(softmax.out[step * 2], weights, values[i][0], values[i][1]);
+    mma_m16n8k16<IO>(softmax.out[step * 2 + 1], weights, values[i][2], values[i][3]);
+  }
+}
+
+// softmax.out += weights x values of the stage.
+SKV_DEV void value_tile(Softmax& softmax, const float (&weights)[2][4], const unsigned char* stage) {
+  u32 fragment[4];
+  weight_fragments(fragment, weights, stage);
 #pragma unroll
   for (int load = 0; load < LOADS; load++) {
     u32 values[LOAD_STEPS][4];
     load_values(values, stage, load);
-#pragma unroll
-    for (int i = 0; i < LOAD_STEPS && load * LOAD_STEPS + i < STEPS; i++) {
-      const int step = load * LOAD_STEPS + i;
-      mma_m16n8k16<IO>(softmax.out[step * 2], fragment, values[i][0], values[i][1]);
-      mma_m16n8k16<IO>(softmax.out[step * 2 + 1], fragment, values[i][2], values[i][3]);
-    }
+    add_values(softmax, fragment, values, load);
   }
 }
 
@@ -304,3 +314,21 @@ SKV_DEV State sink_of(float logit) { return {logit * LOG2_E, 1.f, 0.f}; }
 // NaN stays NaN; a row that saw nothing is 0.
 SKV_DEV float output_of(const State& state) { return state.sum == 0.f ? 0.f : state.out / state.sum; }
 SKV_DEV float logarithm_of(const State& state) { return state.sum == 0.f ? NEG_INF : state.top + lg2(state.sum); }
+
+// Where finished rows go, and what else of theirs there is. Rows are tokens, all [tokens, heads, ..] contiguous.
+template <class T> struct Output {
+  T* out;
+  float* logarithms;         // [tokens, heads], may be null
+  const float* sinks;        // [heads], may be null
+  const float *prefix_out, *prefix_logarithms;  // states of tokens that were attended to elsewhere, may be null
+  i64 num_heads;
+};
+
+// One column of one row, by exactly one thread.
+template <class T> SKV_DEV void write_output(const Output<T>& to_, i64 token, i64 head, int column, State state, bool has_prefix) {
+  const i64 row = token * to_.num_heads + head, element = row * HEAD_DIM + column;
+  if (has_prefix && to_.prefix_out) state = join(state, state_of(to_.prefix_logarithms[row], to_.prefix_out[element]));
+  if (to_.sinks) state = join(state, sink_of(to_.sinks[head]));
+  to_.out[element] = to<T>(output_of(state));
+  if (to_.logarithms && column == 0) to_.logarithms[row] = logarithm_of(state);
+}
