@@ -23,18 +23,10 @@ from streamkv_kernels.device import SOURCES, Argument, Grid, Variant
 
 __all__ = ["EmulatedDevice", "EmulatedKernel", "EmulatorError", "Schedule"]
 
-_FLAGS: Final = (
-    *(
-        "-std=c++20",
-        "-g1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-ffp-contract=off",
-        "-fno-threadsafe-statics",
-        "-fno-strict-aliasing",
-    ),
-    *("-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror=uninitialized", "-Wno-unknown-pragmas", "-x", "c++", "-DSKV_EMU"),
-)
+_LANGUAGE: Final = ("-std=c++20", "-x", "c++", "-DSKV_EMU", "-Wall", "-Wextra", "-Werror=uninitialized", "-Wno-unknown-pragmas")
+_CODE: Final = ("-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-threadsafe-statics")
+_FIBERS: Final = ("-fstack-clash-protection", "-U_FORTIFY_SOURCE")  # a stack has one guard page; we jump out of fibers
+_FLAGS: Final = (*_LANGUAGE, *_CODE, *_FIBERS)
 _CHECKED_FLAGS: Final = ("-fsanitize=thread", "-fno-omit-frame-pointer")
 _TIMEOUT_S: Final = 300
 _ORDERS: Final = {"oldest": 0, "newest": 1, "random": 2}
@@ -56,15 +48,15 @@ class _Counters(Structure):
 
 class _Failure(Structure):
     _fields_ = [
-        ("block", c_uint * 3), ("thread", c_int), ("other", c_int), ("where", c_uint64), ("other_where", c_uint64),
-        ("what", c_char * 240),
+        ("block", c_uint * 3), ("thread", c_int), ("where", c_uint64), ("other_where", c_uint64), ("what", c_char * 240),
     ]  # fmt: skip  # in the order of the struct
 
 
 class _Launch(Structure):
     _fields_ = [
         ("grid", c_uint * 3), ("block", c_uint * 3), ("shared_bytes", c_uint),
-        ("order", c_int), ("early_copies", c_int), ("record_traffic", c_int), ("seed", c_uint64), ("time_limit_s", c_double), ("num_extents", c_uint64), ("extents", POINTER(_Extent)),
+        ("order", c_int), ("early_copies", c_int), ("record_traffic", c_int), ("seed", c_uint64),
+        ("time_limit_s", c_double), ("num_extents", c_uint64), ("extents", POINTER(_Extent)),
         ("counters", POINTER(_Counters)), ("failure", POINTER(_Failure)),
     ]  # fmt: skip  # in the order of the struct
 

@@ -25,8 +25,8 @@ static const float* const F16 = f16_table();
 template <bool TRANSPOSED> EMU_FN void load_matrices(const char* op, const void* where, u32 (&result)[4], const void* row) {
   struct Operands { u32* result; const u16* row; } mine{result, static_cast<const u16*>(row)};
   Inside inside(op, where);
-  if ((uintptr_t)row % 16) fail_at(where, NOBODY, "misaligned row address of %s", op);
-  if ((uintptr_t)row - (uintptr_t)M->shared + 16 > M->launch.shared_bytes) fail_at(where, NOBODY, "%s reads outside of the %u bytes of shared memory", op, M->launch.shared_bytes);
+  if ((uintptr_t)row % 16) fail_at(where, nullptr, "misaligned row address of %s", op);
+  if ((uintptr_t)row - (uintptr_t)M->shared + 16 > M->launch.shared_bytes) fail_at(where, nullptr, "%s reads outside of the %u bytes of shared memory", op, M->launch.shared_bytes);
   if (EMU_CHECKED) touch(where, row, 16, false);
   collective(op, &mine, false, [](Lane* lanes) {
     M->counters.ldmatrix++;
@@ -88,7 +88,7 @@ SKV_DEV float div_rn(float a, float b) { return a / b; }
 SKV_DEV float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
 EMU_FN void atomic_add(u64* pointer, u64 value) {
   EMU_ENTER("atomic_add");
-  if ((uintptr_t)pointer % sizeof value) emu::fail_at(where, emu::NOBODY, "misaligned atomic_add");
+  if ((uintptr_t)pointer % sizeof value) emu::fail_at(where, nullptr, "misaligned atomic_add");
   if (EMU_CHECKED) emu::touch_atomically(where, pointer, sizeof value);
   *pointer += value;
 }
@@ -153,8 +153,8 @@ EMU_FN void cp_async16(void* shared, const void* global, bool pred) {
   EMU_ENTER("cp_async16");
   emu::Machine& m = *emu::M;
   unsigned char* const target = static_cast<unsigned char*>(shared);
-  if (((uintptr_t)shared | (uintptr_t)global) % 16) emu::fail_at(where, emu::NOBODY, "misaligned address of cp_async16");
-  if ((uintptr_t)target - (uintptr_t)m.shared + 16 > m.launch.shared_bytes) emu::fail_at(where, emu::NOBODY, "cp_async16 writes outside of the %u bytes of shared memory", m.launch.shared_bytes);
+  if (((uintptr_t)shared | (uintptr_t)global) % 16) emu::fail_at(where, nullptr, "misaligned address of cp_async16");
+  if ((uintptr_t)target - (uintptr_t)m.shared + 16 > m.launch.shared_bytes) emu::fail_at(where, nullptr, "cp_async16 writes outside of the %u bytes of shared memory", m.launch.shared_bytes);
   m.counters.copies++;
   if (EMU_CHECKED && pred) emu::touch(static_cast<const char*>(where) + 1, global, 16, false);   // a place of its own in the record
   if (EMU_CHECKED) emu::touch(where, target, 16, true);
@@ -186,13 +186,13 @@ template <int N> EMU_FN void cp_async_wait() {
 
 EMU_FN u32x4 load16(const void* pointer) {
   EMU_ENTER("load16");
-  if ((uintptr_t)pointer % 16) emu::fail_at(where, emu::NOBODY, "misaligned read of 16 bytes");
+  if ((uintptr_t)pointer % 16) emu::fail_at(where, nullptr, "misaligned read of 16 bytes");
   if (EMU_CHECKED) emu::touch(where, pointer, 16, false);
   return *static_cast<const u32x4*>(pointer);
 }
 EMU_FN void store16(void* pointer, u32x4 value) {
   EMU_ENTER("store16");
-  if ((uintptr_t)pointer % 16) emu::fail_at(where, emu::NOBODY, "misaligned write of 16 bytes");
+  if ((uintptr_t)pointer % 16) emu::fail_at(where, nullptr, "misaligned write of 16 bytes");
   if (EMU_CHECKED) emu::touch(where, pointer, 16, true);
   *static_cast<u32x4*>(pointer) = value;
 }

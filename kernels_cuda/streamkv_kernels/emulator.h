@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #ifdef __SANITIZE_THREAD__
@@ -60,7 +61,7 @@ struct Counters {
   u64 mma, ldmatrix, ldmatrix_wavefronts, copies, shuffles, exponentials, block_barriers, warp_barriers, switches;
   u64 shared_wavefronts, least_shared_wavefronts, global_sectors, least_global_sectors;   // where traffic is recorded
 };
-struct Failure { unsigned block[3]; int thread, other; u64 where, other_where; char what[240]; };
+struct Failure { unsigned block[3]; int thread; u64 where, other_where; char what[240]; };
 struct Launch {
   unsigned grid[3], block[3], shared_bytes;
   int order, early_copies;   // order: OLDEST, NEWEST, RANDOM
@@ -79,7 +80,7 @@ enum Order { OLDEST, NEWEST, RANDOM };   // which of the threads that can go on 
 enum State { READY, IN_WARP, IN_BLOCK, DONE };
 constexpr size_t STACK = 64 << 10;
 constexpr unsigned MOST_SHARED = 227 << 10;   // of the largest device
-constexpr u64 STACK_MARK = 0x5ac7e00f5ac7e00full;
+constexpr size_t GUARD = 4096;             // the lowest bytes of a stack, which nobody may touch
 
 struct Copy { unsigned char* shared; const void* global; bool filled; };
 
@@ -109,13 +110,13 @@ struct Warp {
 constexpr int NOBODY = -1;
 enum Who { ONE, OF_A_WARP, ANYBODY };
 // Who wrote two bytes of shared memory last (ANYBODY: atomically), and who has read them since.
-struct Touch { int thread = NOBODY, warp_epoch = 0, block_epoch = 0; Who who = ONE; };
+struct Touch { int thread = NOBODY, warp_epoch = 0, block_epoch = 0; Who who = ONE; const void* where = nullptr; };
 struct Shadow { Touch write, read; int copying = NOBODY; };
 
 struct Machine {
   const Launch& launch;
   int num_threads, num_warps;
-  std::vector<Lane> lanes;
+  Lane* lanes;
   std::vector<Warp> warps;
   std::vector<int> ready;       // a ring of threads that can go on
   size_t head = 0, num_ready = 0;
@@ -139,13 +140,13 @@ struct Machine {
 Machine* M = nullptr;
 std::mutex one_launch_at_a_time;
 
-[[noreturn]] EMU_FN void fail_at(const void* where, int other, const char* format, ...) {
+[[noreturn]] EMU_FN void fail_at(const void* where, const void* other_where, const char* format, ...) {
   Failure& failure = *M->launch.failure;
   const uintptr_t base = reinterpret_cast<uintptr_t>(&fail_at);   // Python knows where this function lies in the file
   failure.block[0] = M->block_index.x, failure.block[1] = M->block_index.y, failure.block[2] = M->block_index.z;
-  failure.thread = M->current, failure.other = other;
+  failure.thread = M->current;
   failure.where = (uintptr_t)where - base;
-  failure.other_where = other < 0 ? 0 : (uintptr_t)M->lanes[other].where - base;
+  failure.other_where = other_where ? (uintptr_t)other_where - base : 0;
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(failure.what, sizeof failure.what, format, arguments);
@@ -157,7 +158,7 @@ EMU_FN void check_time(const void* where) {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   const double seconds = double(now.tv_sec - M->begun.tv_sec) + 1e-9 * double(now.tv_nsec - M->begun.tv_nsec);
-  if (M->launch.time_limit_s > 0 && seconds > M->launch.time_limit_s) fail_at(where, NOBODY, "it runs longer than %g s", M->launch.time_limit_s);
+  if (M->launch.time_limit_s > 0 && seconds > M->launch.time_limit_s) fail_at(where, nullptr, "it runs longer than %g s", M->launch.time_limit_s);
 }
 
 // ---------------------------------------------------------------- fibers
@@ -204,13 +205,14 @@ EMU_FN void run_another() {
   if (!(++M->ticks & 0xffff)) check_time(from.where);
   if (!M->num_ready) {
     if (!M->alive) { switch_to(from, M->host); return; }
-    const int waits = int(std::find_if(M->lanes.begin(), M->lanes.end(), [](Lane& l) { return l.state == IN_WARP || l.state == IN_BLOCK; }) - M->lanes.begin());
+    int waits = 0;
+    while (M->lanes[waits].state == DONE) waits++;
     int other = NOBODY;   // one that waits for something else: the other side of the divergence
     for (int i = 0; i < M->num_threads; i++)
       if (M->lanes[i].state != DONE && M->lanes[i].where != M->lanes[waits].where) other = i;
     M->current = waits;
-    if (other >= 0) fail_at(M->lanes[waits].where, other, "divergence: thread %d waits in %s, thread %d in %s", waits, M->lanes[waits].op, other, M->lanes[other].op);
-    fail_at(M->lanes[waits].where, NOBODY, "divergence: thread %d waits in %s, %d threads have ended", waits, M->lanes[waits].op, M->num_threads - M->alive);
+    if (other >= 0) fail_at(M->lanes[waits].where, M->lanes[other].where, "divergence: thread %d waits in %s, thread %d in %s", waits, M->lanes[waits].op, other, M->lanes[other].op);
+    fail_at(M->lanes[waits].where, nullptr, "divergence: thread %d waits in %s, %d threads have ended", waits, M->lanes[waits].op, M->num_threads - M->alive);
   }
   const int next = take_ready();
   if (next == M->current) return;
@@ -232,7 +234,6 @@ EMU_FN void run_thread() {
 EMU_FN void prepare_fiber(int thread) {
   Lane& lane = M->lanes[thread];
   unsigned char* stack = M->stacks + STACK * thread;
-  memcpy(stack, &STACK_MARK, sizeof STACK_MARK);
 #if EMU_OWN_SWITCH
   void** top = reinterpret_cast<void**>(stack + STACK - 64);
   *--top = nullptr;   // where run_thread would return to; also makes its stack aligned as after a call
@@ -277,17 +278,17 @@ EMU_FN void note_reader(Touch& read, const Touch& now) {
 
 EMU_FN void touch_shared(const void* where, size_t first, size_t bytes, bool writes) {
   const char* verb = writes ? "writes" : "reads";
-  const Touch now{M->current, M->warps[M->current / 32].epoch, M->block_epoch, ONE};
-  if (writes && bytes == 1) fail_at(where, NOBODY, "it writes a single byte of shared memory, which is watched in pairs");
+  const Touch now{M->current, M->warps[M->current / 32].epoch, M->block_epoch, ONE, where};
+  if (writes && bytes == 1) fail_at(where, nullptr, "it writes a single byte of shared memory, which is watched in pairs");
   for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
     Shadow& s = M->shadow[i];
-    if (s.copying != NOBODY) fail_at(where, s.copying, "race: it %s shared byte %zu while a cp.async of thread %d is in flight to it", verb, 2 * i, s.copying);
-    if (!ordered(s.write)) fail_at(where, s.write.thread, "race: it %s shared byte %zu, which thread %d wrote without a barrier since", verb, 2 * i, s.write.thread);
+    if (s.copying != NOBODY) fail_at(where, s.write.where, "race: it %s shared byte %zu while a cp.async of thread %d is in flight to it", verb, 2 * i, s.copying);
+    if (!ordered(s.write)) fail_at(where, s.write.where, "race: it %s shared byte %zu, which thread %d wrote without a barrier since", verb, 2 * i, s.write.thread);
     if (!writes) {
       note_reader(s.read, now);
       continue;
     }
-    if (!ordered(s.read)) fail_at(where, s.read.thread, "race: it writes shared byte %zu, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
+    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it writes shared byte %zu, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
     s.write = now, s.read = Touch{};
   }
 }
@@ -345,18 +346,18 @@ EMU_FN void touch(const void* where, const void* pointer, size_t bytes, bool wri
   const uintptr_t address = (uintptr_t)pointer, shared = (uintptr_t)M->shared;
   const char* verb = writes ? "write" : "read";
   if (address - (uintptr_t)M->stacks < STACK * M->num_threads) return;
-  if ((bytes & (bytes - 1)) == 0 && address % bytes) fail_at(where, NOBODY, "misaligned %s of %zu bytes", verb, bytes);
+  if ((bytes & (bytes - 1)) == 0 && address % bytes) fail_at(where, nullptr, "misaligned %s of %zu bytes", verb, bytes);
   const bool is_shared = address - shared < MOST_SHARED;
   if (M->launch.record_traffic) record(where, address, (unsigned)bytes, is_shared);
   if (is_shared) {
-    if (address + bytes > shared + M->launch.shared_bytes) fail_at(where, NOBODY, "%s of %zu bytes past the %u bytes of shared memory", verb, bytes, M->launch.shared_bytes);
+    if (address + bytes > shared + M->launch.shared_bytes) fail_at(where, nullptr, "%s of %zu bytes past the %u bytes of shared memory", verb, bytes, M->launch.shared_bytes);
     touch_shared(where, address - shared, bytes, writes);
     return;
   }
   for (u64 i = 0; i < M->launch.num_extents; i++)
     if (address >= M->launch.extents[i].begin && address + bytes <= M->launch.extents[i].end) return;
   if (!writes && address >= (uintptr_t)__ehdr_start && address + bytes <= (uintptr_t)_end) return;   // a table of the kernel's own
-  fail_at(where, NOBODY, "%s of %zu bytes that belong to none of its tensors", verb, bytes);
+  fail_at(where, nullptr, "%s of %zu bytes that belong to none of its tensors", verb, bytes);
 }
 
 // Atomic operations need no order among themselves, but a barrier between them and everything else.
@@ -365,9 +366,9 @@ EMU_FN void touch_atomically(const void* where, const void* pointer, size_t byte
   if (first >= M->launch.shared_bytes) return touch(where, pointer, bytes, true);
   for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
     Shadow& s = M->shadow[i];
-    if (s.write.who != ANYBODY && !ordered(s.write)) fail_at(where, s.write.thread, "race: it changes shared byte %zu atomically, which thread %d wrote without a barrier since", 2 * i, s.write.thread);
-    if (!ordered(s.read)) fail_at(where, s.read.thread, "race: it changes shared byte %zu atomically, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
-    s.write = {M->current, 0, M->block_epoch, ANYBODY}, s.read = Touch{};
+    if (s.write.who != ANYBODY && !ordered(s.write)) fail_at(where, s.write.where, "race: it changes shared byte %zu atomically, which thread %d wrote without a barrier since", 2 * i, s.write.thread);
+    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it changes shared byte %zu atomically, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
+    s.write = {M->current, 0, M->block_epoch, ANYBODY, where}, s.read = Touch{};
   }
 }
 
@@ -385,7 +386,7 @@ template <class Work> EMU_FN void collective(const char* op, void* operands, boo
   if (warp.arrived && warp.op != op) {
     int other = first;
     while (M->lanes[other].state != IN_WARP) other++;
-    fail_at(lane.where, other, "divergence: thread %d is in %s while thread %d of its warp is in %s", me, op, other, warp.op);
+    fail_at(lane.where, M->lanes[other].where, "divergence: thread %d is in %s while thread %d of its warp is in %s", me, op, other, warp.op);
   }
   warp.op = op, lane.operands = operands;
   if (++warp.arrived < 32) {
@@ -403,7 +404,7 @@ template <class Work> EMU_FN void collective(const char* op, void* operands, boo
 EMU_FN void block_barrier() {
   const int me = M->current;
   M->counters.block_barriers++;
-  if (M->alive < M->num_threads) fail_at(M->lanes[me].where, NOBODY, "divergence: %d threads have ended, thread %d is in sync_block", M->num_threads - M->alive, me);
+  if (M->alive < M->num_threads) fail_at(M->lanes[me].where, nullptr, "divergence: %d threads have ended, thread %d is in sync_block", M->num_threads - M->alive, me);
   M->lanes[me].state = IN_BLOCK;
   if (++M->in_barrier == M->num_threads) {
     M->in_barrier = 0;
@@ -448,8 +449,8 @@ EMU_FN void on_signal(int number, siginfo_t* info, void* context) {
   const void* where = M->lanes[M->current].where;
 #endif
   const uintptr_t address = (uintptr_t)info->si_addr, stacks = (uintptr_t)M->stacks;
-  if (number == SIGFPE) fail_at(where, NOBODY, "division by zero");
-  fail_at(where, NOBODY, address - stacks < STACK * M->num_threads ? "its stack overflows" : "it touches memory that is not mapped (signal %d)", number);
+  if (number == SIGFPE) fail_at(where, nullptr, "division by zero");
+  fail_at(where, nullptr, address - stacks < STACK * M->num_threads ? "its stack overflows" : "it touches memory that is not mapped (signal %d)", number);
 }
 
 // While a launch runs, a wild pointer is a failure of the launch.
@@ -473,15 +474,28 @@ struct Signals {
   }
 };
 
+// Kept for the next launch.
+EMU_FN unsigned char* stacks_for(int count) {
+  static unsigned char* stacks = nullptr;
+  static int num_stacks = 0;
+  if (count <= num_stacks) return stacks;
+  if (num_stacks) munmap(stacks, STACK * num_stacks);
+  void* const fresh = mmap(nullptr, STACK * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (fresh == MAP_FAILED) abort();
+  stacks = static_cast<unsigned char*>(fresh), num_stacks = count;
+  for (int i = 0; i < count; i++) mprotect(stacks + STACK * i, GUARD, PROT_NONE);
+  return stacks;
+}
+
 inline Machine::Machine(const Launch& l) : launch(l), num_threads(int(l.block[0] * l.block[1] * l.block[2])), num_warps(num_threads / 32) {
-  lanes.resize(num_threads), warps.resize(num_warps), ready.resize(num_threads);
+  lanes = new Lane[num_threads], warps.resize(num_warps), ready.resize(num_threads);
   shared = static_cast<unsigned char*>(aligned_alloc(1024, 228 << 10));
-  stacks = static_cast<unsigned char*>(aligned_alloc(4096, STACK * num_threads));
+  stacks = stacks_for(num_threads);
   shadow.resize(EMU_CHECKED ? MOST_SHARED / 2 + 8 : 0);
   random = l.seed * 2 + 1;
   clock_gettime(CLOCK_MONOTONIC, &begun);
 }
-inline Machine::~Machine() { free(shared), free(stacks); }
+inline Machine::~Machine() { delete[] lanes, free(shared); }
 
 EMU_FN void run_block(Machine& m, u64 number) {
   const unsigned *grid = m.launch.grid, *block = m.launch.block;
@@ -502,14 +516,11 @@ EMU_FN void run_block(Machine& m, u64 number) {
   switch_to(m.host, m.lanes[m.current]);
   for (int i = 0; i < m.num_threads; i++) {
     m.current = i;
-    u64 mark;
-    memcpy(&mark, m.stacks + STACK * i, sizeof mark);
-    if (mark != STACK_MARK) fail_at(m.lanes[i].where, NOBODY, "its stack overflows");
     for (auto& [where, traffic] : m.warps[i / 32].traffic) {   // instructions of which some lanes had no part
       for (const Row& row : traffic.rows) count_row(traffic, row);
       traffic.rows.clear();
     }
-    if (!m.lanes[i].copies.empty()) fail_at(m.lanes[i].where, NOBODY, "it ends while %zu of its cp.async are in flight", m.lanes[i].copies.size());
+    if (!m.lanes[i].copies.empty()) fail_at(m.lanes[i].where, nullptr, "it ends while %zu of its cp.async are in flight", m.lanes[i].copies.size());
   }
 }
 
