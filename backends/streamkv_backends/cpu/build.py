@@ -1,8 +1,8 @@
 """Compiles the kernels for the instruction set of this machine, once, and finds them again.
 
 Where a library comes from, in this order: `prebuilt/` beside this file (the wheel and the image have it), then the user's cache
-folder, then the compiler. A library's name holds a digest of the sources, the flags and, outside the wheel, the compiler, so
-that none is ever taken for another. What others could have written is never loaded.
+folder (`streamkv.code_cache`), then the compiler. A library's name holds a digest of the sources, the flags and, outside the
+wheel, the compiler, so that none is ever taken for another.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from streamkv.code_cache import cache_folder, check_owner, write_whole
 from streamkv.errors import BackendError
 
-__all__ = ["ISAS", "InstructionSet", "cache_folder", "cpu_flags", "detect", "find_or_build", "prebuild"]
+__all__ = ["ISAS", "InstructionSet", "cpu_flags", "detect", "find_or_build", "prebuild"]
 
 _HERE: Final = Path(__file__).parent
 _SOURCES: Final = _HERE / "kernels"
@@ -104,7 +103,7 @@ def find_or_build(isa: InstructionSet) -> Path:
     path = folder / f"cpu-{isa.name}-{_digest(isa, _version(compiler))}.so"
     if not path.exists():
         _compile(compiler, isa, path)
-    _check_owner(path)
+    check_owner(path)
     return path
 
 
@@ -126,32 +125,6 @@ def prebuild(folder: Path = _PREBUILT) -> list[Path]:
     return made
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept: STREAMKV_CACHE, else the user's cache folder; made if missing, mode 700.
-
-    Raises:
-        BackendError: somebody else could write there.
-    """
-    named = os.environ.get("STREAMKV_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(named) if named else base / "streamkv"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_owner(folder)
-    except OSError as error:
-        raise BackendError(
-            f"the cache folder {folder} cannot be made ({error.strerror}); set STREAMKV_CACHE to a folder of yours"
-        ) from error
-    return folder
-
-
-def _check_owner(path: Path) -> None:
-    """A library is code: load none that somebody else could have put or changed there."""
-    status = path.stat()
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
-        raise BackendError(f"{path} must belong to you and be writable by nobody else; repair it or set STREAMKV_CACHE")
-
-
 def _digest(isa: InstructionSet, compiler: str = "") -> str:
     digest = hashlib.sha256("\0".join((*_FLAGS, *isa.flags, compiler)).encode())
     for source in sorted(_SOURCES.iterdir()):
@@ -171,19 +144,16 @@ def _version(compiler: str) -> str:
 
 
 def _compile(compiler: str, isa: InstructionSet, path: Path) -> None:
-    """Write the library under another name first: whoever looks meanwhile sees none, or a whole one."""
+    write_whole(path, lambda part: _compile_to(compiler, isa, part))
+
+
+def _compile_to(compiler: str, isa: InstructionSet, path: Path) -> None:
     sources = sorted(str(source) for source in _SOURCES.glob("*.cpp"))
-    handle, part = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
+    command = [compiler, *_FLAGS, *isa.flags, *sources, "-o", str(path)]
     try:
-        command = [compiler, *_FLAGS, *isa.flags, *sources, "-o", part]
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)  # noqa: S603  # the user's own
-        if run.returncode:
-            first = next(iter(run.stderr.strip().splitlines()), "it says nothing")
-            raise BackendError(f"{compiler} cannot compile the cpu backend for {isa.name} ({first}); use --backend torch")
-        Path(part).chmod(0o700)
-        Path(part).replace(path)
     except subprocess.TimeoutExpired as error:
         raise BackendError(f"{compiler} takes longer than {_TIMEOUT_S} s; use --backend torch") from error
-    finally:
-        Path(part).unlink(missing_ok=True)
+    if run.returncode:
+        first = next(iter(run.stderr.strip().splitlines()), "it says nothing")
+        raise BackendError(f"{compiler} cannot compile the cpu backend for {isa.name} ({first}); use --backend torch")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from streamkv.code_cache import cache_folder
 from streamkv.errors import BackendError
 from streamkv_backends.cpu import build
 from streamkv_backends.cpu.backend import CpuBackend
@@ -95,7 +96,7 @@ def test_no_folder_for_the_cache_is_one_sentence(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("STREAMKV_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(BackendError, match=r"cannot be made \(Not a directory\); set STREAMKV_CACHE to a folder of yours"):
-        build.cache_folder()
+        cache_folder()
 
 
 def test_a_compiler_that_fails_is_one_sentence_and_leaves_nothing(
