@@ -43,6 +43,8 @@ constexpr float LOG2_E = 1.44269504f;
 static_assert(HEAD_DIM % 16 == 0 && (QUANTISED || same<KV, IO>), "16-bit caches have the dtype of the queries");
 
 SKV_DEV int lane_id() { return (int)threadIdx.x % 32; }
+// For addresses in shared memory: where accumulators take nearly all registers, addresses are computed anew each time.
+SKV_DEV int address_lane() { return QUANTISED || HEAD_DIM > 128 ? opaque(lane_id()) : lane_id(); }
 
 // Byte offset of a 16-byte chunk in a tile whose rows have WIDTH chunks. Tiles begin at multiples of 128 bytes.
 template <int WIDTH> SKV_DEV int chunk_at(int row, int chunk) {
@@ -63,7 +65,7 @@ struct Cache {
 // Start the copy of tokens `token` .. `token` + 15 (a multiple of 16) of block `block`; the caller commits. Tokens outside of
 // [begin, end) are not read, their keys and values become 0; `block` is not looked at if that is all of them.
 SKV_DEV void load_tile(unsigned char* stage, const Cache& cache, i64 block, i64 head, int token, int begin, int end) {
-  const int lane = lane_id(), offset = token % (int)cache.block_size;
+  const int lane = opaque(lane_id()), offset = token % (int)cache.block_size;
   const i64 base = block * cache.block_stride + head * cache.head_stride + offset * cache.row_stride;
 #pragma unroll
   for (int i = lane; i < TILE * CHUNKS; i += 32) {
@@ -122,7 +124,7 @@ SKV_DEV u32 widen(u32 pair) {
 // B fragments of q k^T for steps LOAD_STEPS * load ..: entries 0, 1 of tokens 0-7, entries 2, 3 of tokens 8-15. If STEPS is odd, the
 // last load of an 8-bit cache has one step only.
 SKV_DEV void load_keys(u32 (&keys)[LOAD_STEPS][4], const unsigned char* stage, int load) {
-  const int lane = lane_id(), row = lane % 8 + lane / 16 * 8, chunk = min(load * 2 + lane / 8 % 2, CHUNKS - 1);
+  const int lane = address_lane(), row = lane % 8 + lane / 16 * 8, chunk = min(load * 2 + lane / 8 % 2, CHUNKS - 1);
   u32 raw[4];
   ldmatrix_x4(raw, stage + chunk_at<CHUNKS>(row, chunk));
 #pragma unroll
@@ -138,7 +140,7 @@ SKV_DEV void load_keys(u32 (&keys)[LOAD_STEPS][4], const unsigned char* stage, i
 
 // B fragments of weights x values for the accumulators 2 step (entries 0, 1) and 2 step + 1 (entries 2, 3), steps as in load_keys.
 SKV_DEV void load_values(u32 (&values)[LOAD_STEPS][4], const unsigned char* stage, int load) {
-  const int lane = lane_id(), row = lane % 16, chunk = min(load * 2 + lane / 16, CHUNKS - 1);
+  const int lane = address_lane(), row = lane % 16, chunk = min(load * 2 + lane / 16, CHUNKS - 1);
   u32 raw[4];
   ldmatrix_x4_trans(raw, stage + TILE_BYTES + chunk_at<CHUNKS>(row, chunk));
 #pragma unroll

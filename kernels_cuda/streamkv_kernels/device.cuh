@@ -37,6 +37,9 @@ SKV_DEV u32 bits_of(float x) { return __float_as_uint(x); }
 SKV_DEV float float_of(u32 bits) { return __uint_as_float(bits); }
 SKV_DEV u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
+// x, of which the compiler knows nothing: what is computed from it is computed where it is used, not once for all and kept.
+SKV_DEV int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
+
 SKV_DEV void sync_block() { __syncthreads(); }
 SKV_DEV void sync_warp() { __syncwarp(); }
 template <class T> SKV_DEV T shfl_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }

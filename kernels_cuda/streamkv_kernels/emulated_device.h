@@ -57,6 +57,7 @@ SKV_DEV int max(int a, int b) { return a > b ? a : b; }
 SKV_DEV i64 min(i64 a, i64 b) { return a < b ? a : b; }
 SKV_DEV i64 max(i64 a, i64 b) { return a > b ? a : b; }
 EMU_FN u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
+SKV_DEV int opaque(int x) { return x; }
 EMU_FN float float_of(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
 
 EMU_FN void sync_block() { EMU_ENTER("sync_block"); emu::block_barrier(); }
