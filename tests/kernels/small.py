@@ -29,11 +29,11 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def spaced(x: torch.Tensor, gap: int = 8) -> torch.Tensor:
     """The same numbers with NaN between rows of the last dimension, and before the first: an error of a stride shows."""
-    rows = math.prod(x.shape[:-1])
-    memory = torch.full((rows + 1, x.shape[-1] + gap), NAN, dtype=x.dtype)
-    view = memory[1:, : x.shape[-1]]
-    view.copy_(x.reshape(rows, -1))
-    return view.unflatten(0, x.shape[:-1]) if x.dim() != 2 else view
+    wide = x.shape[-1] + gap
+    memory = torch.full((math.prod(x.shape[:-1]) + 1, wide), NAN, dtype=x.dtype)
+    view = memory[1:].view(*x.shape[:-1], wide)[..., : x.shape[-1]]
+    view.copy_(x)
+    return view
 
 
 def in_every_schedule(device: EmulatedDevice) -> list[EmulatedDevice]:
