@@ -39,7 +39,15 @@ class BoundDecode:
 
     def launch(self) -> None:
         """Run both kernels with the plan that was loaded last."""
+        self.attend()
+        self.merge()
+
+    def attend(self) -> None:
+        """The first: whole jobs write their rows, others leave states."""
         self._decode.launch((self._num_shares, 1, 1), (32 * self._warps, 1, 1))
+
+    def merge(self) -> None:
+        """The second joins them."""
         self._merge.launch((self._num_shares, -(-ROWS // _MERGE_WARPS), 1), (32 * _MERGE_WARPS, 1, 1))
 
 

@@ -6,7 +6,7 @@
     piece   the part of a job that lies in a share; of a job in several pieces each leaves a state, attn_merge.cu joins them
 
 The line is cut into as many equal shares as there are blocks (stream-K). A piece costs a start of its own and a state, so cuts
-move by a few tiles to where no piece is shorter than MIN_PIECE, unless its job is. Nothing but lengths decides: equal inputs give
+move by less than MIN_PIECE to where no piece is shorter than that, unless its job is. Nothing but lengths decides: equal inputs give
 equal bits. Everything is a handful of operations on whole arrays, O(sequences + blocks).
 """
 
@@ -140,13 +140,10 @@ def _cuts(starts: Longs, tiles: Longs, total: int, used: int) -> Longs:
     cuts = np.arange(used + 1, dtype=np.int64) * total // used
     inner = cuts[1:-1]
     _, _, tile, size = _locate(starts, tiles, inner)
-    rest = size - tile
-    half = MIN_PIECE // 2
-    moved = np.select(
-        [size < 2 * MIN_PIECE, tile < half, tile < MIN_PIECE, rest < half, rest < MIN_PIECE],
-        [np.where(tile < rest, 0, size), np.zeros_like(tile), np.full_like(tile, MIN_PIECE), size, size - MIN_PIECE],
-        tile,
-    )
+    # Where shares are shorter than a piece may be, jobs that are worth it are cut at multiples of one.
+    kept = tile if total >= used * MIN_PIECE else tile // MIN_PIECE * MIN_PIECE
+    nearer_end = np.where(2 * tile < size, 0, size)
+    moved = np.select([size < 2 * MIN_PIECE, kept < MIN_PIECE, size - kept < MIN_PIECE], [nearer_end, 0, size], kept)
     inner += moved - tile
     return cuts
 

@@ -68,7 +68,6 @@ class Paged:
         num_tokens = int(self.query_start[-1]) + self.spare_rows
         packed = torch.randn((num_tokens, spec.num_heads + 2, spec.head_dim), generator=random).to(spec.dtype)
         packed[int(self.query_start[-1]) :] = NAN
-        self.query = packed[:, : spec.num_heads] * 1
         self.query = packed[:, : spec.num_heads].mul_(2)  # scores of a few units, so that single tokens matter
         self._fill(random)
 
@@ -86,7 +85,9 @@ class Paged:
     def expected(self, sequence: int, dtype: torch.dtype, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Attention by its definition, in `dtype`."""
         spec = self.spec
-        layer = LayerSpec(spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap, sinks is not None)
+        layer = LayerSpec(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.scale, spec.window, spec.soft_cap, sinks is not None
+        )
         keys, values = self.contexts[sequence]
         return attention(self.query[self.rows(sequence)], keys, values, layer, sinks, dtype)
 
@@ -97,6 +98,8 @@ class Paged:
         for sequence in range(len(self.lengths)) if chosen is None else chosen:
             rows = self.rows(sequence)
             left[rows] = False
+            if not self.lengths[sequence][0]:
+                continue
             if self.lengths[sequence][1] == 0:
                 assert bool((out[rows] == 0).all()), "rows of a sequence without tokens are not 0"
                 continue
@@ -115,7 +118,9 @@ class Paged:
         # [blocks, layers, keys and values, heads, block_size, head_dim], of which the middle layer is this one's
         pool = torch.full((num_blocks, 3, 2, spec.num_kv_heads, size, spec.head_dim), NAN).to(kv)
         scales = torch.full((num_blocks, 3, 2, spec.num_kv_heads, size), NAN)
-        tables = torch.tensor([[ABSURD[(row + column) % 2] for column in range(max(needed, default=0) + 1)] for row in range(len(needed))])
+        tables = torch.tensor(
+            [[ABSURD[(row + column) % 2] for column in range(max(needed, default=0) + 1)] for row in range(len(needed))]
+        )
         self.contexts = []
         for sequence, (_, length) in enumerate(self.lengths):
             blocks = [order.pop() for _ in range(needed[sequence])]
