@@ -10,6 +10,8 @@ What a kernel needs of shapes, strides and dtypes its wrapper checks before it l
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -44,6 +46,15 @@ class Variant:
     def flags(self) -> tuple[str, ...]:
         """The macros as compilers take them."""
         return tuple(f"-D{name}={value}" for name, value in self.defines)
+
+    def digest(self, *others: str, folders: Sequence[Path] = (SOURCES,)) -> str:
+        """Of the source, of all headers beside it, of the macros, and of whatever else decides what is compiled."""
+        digest = hashlib.sha256("\0".join((*self.flags, *others)).encode())
+        for folder in folders:
+            for path in (folder / f"{self.source}.cu", *sorted(folder.glob("*.cuh")), *sorted(folder.glob("*.h"))):
+                if path.is_file():
+                    digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()[:16]
 
 
 class Bound(Protocol):

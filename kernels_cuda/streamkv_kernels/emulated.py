@@ -6,7 +6,6 @@ A launch that does what it must not raises EmulatorError; the process, and the n
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -142,28 +141,19 @@ class EmulatedDevice:
             raise BackendError("emulated kernels need g++, which is not installed")
         flags = (f"-O{self.optimize}", *_FLAGS, *(_CHECKED_FLAGS if self.checked else ()), *variant.flags)
         folder = self.cache or cache_folder()
-        path = folder / f"emulated-{variant.source}-{self._digest(variant, compiler, flags)}.so"
+        digest = variant.digest(*flags, _run([compiler, "--version"]), folders=(self.sources, SOURCES))
+        path = folder / f"emulated-{variant.source}-{digest}.so"
         if not path.exists():
             write_whole(path, lambda part: self._compile(variant, compiler, flags, part))
         check_owner(path)
         return path
-
-    def _source(self, variant: Variant) -> Path:
-        return self.sources / f"{variant.source}.cu"
-
-    def _digest(self, variant: Variant, compiler: str, flags: tuple[str, ...]) -> str:
-        digest = hashlib.sha256("\0".join((*flags, _run([compiler, "--version"]))).encode())
-        for folder in (self.sources, SOURCES):
-            for path in (self._source(variant), *sorted(folder.glob("*.cuh")), *sorted(folder.glob("*.h"))):
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        return digest.hexdigest()[:16]
 
     def _compile(self, variant: Variant, compiler: str, flags: tuple[str, ...], path: Path) -> None:
         """In two steps, so that a checked library is linked without libtsan: its hooks are those of `emulator.h`."""
         object_file = path.with_suffix(".o")
         include = [f"-I{self.sources}", f"-I{SOURCES}"]
         try:
-            _run([compiler, *flags, *include, "-c", str(self._source(variant)), "-o", str(object_file)])
+            _run([compiler, *flags, *include, "-c", str(self.sources / f"{variant.source}.cu"), "-o", str(object_file)])
             _run([compiler, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", str(object_file), "-o", str(path)])
         finally:
             object_file.unlink(missing_ok=True)
