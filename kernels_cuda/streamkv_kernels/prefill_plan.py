@@ -16,9 +16,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from streamkv_kernels.attention import TILE
+
 __all__ = ["STEP", "PrefillPlan", "Shape", "plan_prefill", "plan_shared", "shared_prefixes"]
 
-TILE: Final = 16  # tokens that are loaded together: pieces begin at multiples of it
 STEP: Final = 64  # tokens, the unit of cost
 MIN_PIECE: Final = 8  # steps: a shorter piece is not worth its state
 BLOCKS_PER_SM: Final = 2
@@ -100,12 +101,13 @@ def plan_prefill(
     count = np.minimum(rows, packed[owner] - row)
     context, prefix = contexts[owner], np.zeros_like(row) if prefix_lens is None else prefix_lens[ids][owner]
     first_seen = np.zeros_like(row) if window is None else np.maximum(0, context + row // shape.group - window + 1)
+    begin = np.maximum(prefix, first_seen // TILE * TILE)
     tiles = _Tiles(
         sequence=ids[owner],
         row=row,
         count=count,
-        begin=np.maximum(prefix, first_seen // TILE * TILE),
-        end=context + (row + count - 1) // shape.group + 1,
+        begin=begin,
+        end=np.maximum(begin, context + (row + count - 1) // shape.group + 1),  # padding has fewer tokens than rows
         first_row=(np.cumsum(query_lens) - query_lens)[ids][owner],
         has_prefix=prefix > 0,
     )

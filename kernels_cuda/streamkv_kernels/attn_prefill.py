@@ -1,0 +1,226 @@
+"""Host side of attn_prefill.cu: attention of sequences with many new tokens, and of many sequences to a prefix they share.
+
+    prefill = PrefillAttention(device, spec)
+    prefill.load(prefill.plan(query_lens, seq_lens))                            # once a step
+    prefill.launch(query, cache, block_tables, query_start, seq_lens, out)      # once a layer
+
+Cascade: what a group of sequences has in common is read once for all of them, and joins the rest as a state.
+
+    shared = SharedPrefix(device, spec)
+    shared.load(groups, query_start, block_tables, block_size)                  # groups of prefill_plan.shared_prefixes
+    prefix = shared.launch(query, cache)                                        # for the `prefix` of decode and prefill
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streamkv_kernels.attention import TILE, AttentionSpec, MergeStates, States, cache_arguments, output_arguments
+from streamkv_kernels.checks import aligned, check
+from streamkv_kernels.device import Argument, Device, Kernel, Variant
+from streamkv_kernels.kv_write import LayerCache
+from streamkv_kernels.prefill_plan import ROWS, Ints, PrefillPlan, Shape, plan_prefill, plan_shared
+
+__all__ = ["PrefillAttention", "SharedPrefix"]
+
+_THREADS: Final = 128
+_MERGE_WARPS: Final = 4
+
+
+class _Pieces:
+    """The kernel, in the sizes that plans may ask for, and a plan on the device."""
+
+    def __init__(self, device: Device, spec: AttentionSpec, max_rows: int, place: torch.device | str) -> None:
+        self.spec, self.place = spec, place
+        # Wider heads leave no registers for two row tiles a warp, nor do 8-bit caches, whose numbers pass through some.
+        most = max_rows if spec.head_dim <= (128 if spec.cache_dtype.itemsize == 2 else 96) else ROWS[0]
+        self.shape = Shape(spec.group, spec.num_kv_heads, device.num_sms, most)
+        self._kernels: dict[int, Kernel] = {}
+        for rows in ROWS:
+            if rows <= most:
+                variant = Variant("attn_prefill", (*spec.defines, ("ROW_TILES", rows // ROWS[0])))
+                self._kernels[rows] = device.kernel(variant, "attn_prefill", _shared_bytes(spec, rows))
+        self.load(PrefillPlan(ROWS[0], np.zeros((0, 8), np.int32), 0, np.zeros((0, 8), np.int32)))
+
+    def load(self, plan: PrefillPlan) -> None:
+        self.plan = plan
+        self._pieces = torch.from_numpy(plan.pieces).to(self.place, non_blocking=True)
+        self.merges = torch.from_numpy(plan.merges).to(self.place, non_blocking=True)
+        self.states = States(
+            torch.empty((plan.num_states, plan.rows, self.spec.head_dim), dtype=torch.float32, device=self.place),
+            torch.empty((plan.num_states, plan.rows), dtype=torch.float32, device=self.place),
+        )
+
+    def launch(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        outputs: tuple[Argument, ...],
+        *,
+        row_index: torch.Tensor | None,
+    ) -> None:
+        """tables: block tables, query_start, lengths. Causal unless there is a row_index.
+
+        Raises:
+            ValueError: an argument does not fit; the sentence names it.
+        """
+        spec, (block_tables, query_start, lengths) = self.spec, tables
+        check("query", query, spec.dtype, [None, spec.num_heads, spec.head_dim], "dense")
+        if not aligned(query):
+            raise ValueError("rows of query must begin at multiples of 16 bytes")
+        check("block_tables", block_tables, torch.int32, [None, None], "dense")
+        check("query_start", query_start, torch.int32, [len(block_tables) + 1])
+        check("seq_lens", lengths, torch.int32, [len(block_tables)])
+        pointers, strides = cache_arguments(spec, cache)
+        if not len(self._pieces):
+            return
+        self._kernels[self.plan.rows].launch(
+            (len(self._pieces) * spec.num_kv_heads, 1, 1), (_THREADS, 1, 1),
+            query, *pointers, block_tables, query_start, lengths, row_index, self._pieces, *outputs,
+            self.states.out, self.states.logarithms, *query.stride()[:2], *strides, block_tables.stride(0),
+            spec.num_heads, spec.num_kv_heads, int(row_index is None), spec.window or 0, *spec.scoring,
+        )  # fmt: skip  # in the order of the kernel's parameters
+
+    def merge_grid(self) -> tuple[int, int, int]:
+        return (len(self.merges), self.plan.rows // _MERGE_WARPS, 1)
+
+
+class PrefillAttention:
+    """Causal attention of new tokens, for layers of one kind."""
+
+    def __init__(self, device: Device, spec: AttentionSpec, *, max_rows: int = 128, place: torch.device | str = "cpu") -> None:
+        """Compile.
+
+        Args:
+            max_rows: 64 compiles half as much; for tests.
+            place: where the tensors are.
+
+        Raises:
+            BackendError: the kernels cannot be compiled.
+        """
+        self.spec = spec
+        self._pieces = _Pieces(device, spec, max_rows, place)
+        self._merge = MergeStates(device, spec.head_dim, spec.dtype)
+
+    def plan(
+        self, query_lens: Ints, seq_lens: Ints, *, chosen: NDArray[np.bool_] | None = None, prefix_lens: Ints | None = None
+    ) -> PrefillPlan:
+        """Plan a step; `plan_prefill`."""
+        window = self.spec.window
+        return plan_prefill(query_lens, seq_lens, self._pieces.shape, window=window, chosen=chosen, prefix_lens=prefix_lens)
+
+    def load(self, plan: PrefillPlan) -> None:
+        """Make a plan the one that launches follow, in stream order."""
+        self._pieces.load(plan)
+
+    def launch(
+        self,
+        query: torch.Tensor,
+        cache: LayerCache,
+        block_tables: torch.Tensor,
+        query_start: torch.Tensor,
+        seq_lens: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        sinks: torch.Tensor | None = None,
+        prefix: States | None = None,
+        logarithms: torch.Tensor | None = None,
+    ) -> None:
+        """Attend.
+
+        Args:
+            query: [num_tokens, num_heads, head_dim], the last dimension dense, rows at multiples of 16 bytes.
+            cache: the layer's keys and values; their block size is a multiple of 16.
+            block_tables: [num_seqs, max_blocks] int32.
+            query_start: [num_seqs + 1] int32, first row of each sequence's new tokens.
+            seq_lens: [num_seqs] int32, tokens after this step.
+            out: like query, contiguous: rows of the plan's sequences are written, others left as they are.
+            sinks, prefix, logarithms: `output_arguments`; the prefix joins rows of sequences with a `prefix_len`.
+
+        Raises:
+            ValueError: an argument does not fit; the sentence names it.
+        """
+        spec, pieces = self.spec, self._pieces
+        check("out", out, spec.dtype, query.shape)
+        outputs = output_arguments(spec.head_dim, out, sinks, prefix, logarithms)
+        pieces.launch(query, cache, (block_tables, query_start, seq_lens), outputs, row_index=None)
+        if len(pieces.merges):
+            bound = self._merge.bind(
+                pieces.states, pieces.merges, out, spec.num_kv_heads, sinks=sinks, prefix=prefix, logarithms=logarithms
+            )
+            bound.launch(pieces.merge_grid(), (32 * _MERGE_WARPS, 1, 1))
+
+
+class SharedPrefix:
+    """Attention, not causal, of all rows of a group of sequences to the blocks they have in common. Layers without a window."""
+
+    def __init__(self, device: Device, spec: AttentionSpec, *, max_rows: int = 128, place: torch.device | str = "cpu") -> None:
+        """Compile; arguments as of `PrefillAttention`.
+
+        Raises:
+            ValueError: the layers have a window: their rows do not all see the prefix.
+            BackendError: the kernels cannot be compiled.
+        """
+        if spec.window is not None:
+            raise ValueError(f"window is {spec.window}, and a shared prefix is for layers without one")
+        self.spec, self.place = spec, place
+        self._pieces = _Pieces(device, spec, max_rows, place)
+        self._merge = MergeStates(device, spec.head_dim, torch.float32)
+
+    def load(self, groups: list[tuple[list[int], int]], query_start: Ints, block_tables: torch.Tensor, block_size: int) -> None:
+        """Make groups of sequences the ones that launches follow.
+
+        Args:
+            groups: for each its sequences and how many leading blocks they have in common, `shared_prefixes`.
+            query_start: [num_seqs + 1], first row of each sequence's new tokens.
+            block_tables: [num_seqs, max_blocks] int32, on the device.
+            block_size: tokens of a block.
+        """
+        rows = [np.concatenate([np.arange(query_start[s], query_start[s + 1]) for s in members]) for members, _ in groups]
+        num_rows = np.array([len(some) for some in rows], dtype=np.int32)
+        lengths = np.array([blocks * block_size for _, blocks in groups], dtype=np.int32)
+        self._pieces.load(plan_shared(num_rows, lengths, self._pieces.shape))
+        first = torch.tensor([members[0] for members, _ in groups], dtype=torch.int64, device=self.place)
+        starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32)
+        self._tables = (block_tables.index_select(0, first), self._placed(starts), self._placed(lengths))
+        self._row_index = self._placed(np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32))
+
+    def launch(self, query: torch.Tensor, cache: LayerCache) -> States:
+        """States [num_tokens, num_heads] of the groups' rows; those of others are arbitrary.
+
+        Raises:
+            ValueError: an argument does not fit; the sentence names it.
+        """
+        spec, pieces = self.spec, self._pieces
+        states = States(
+            torch.empty(query.shape, dtype=torch.float32, device=query.device),
+            torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
+        )
+        nothing = (None,) * 5  # every piece leaves a state
+        pieces.launch(query, cache, self._tables, nothing, row_index=self._row_index)
+        if len(pieces.merges):
+            bound = self._merge.bind(
+                pieces.states,
+                pieces.merges,
+                states.out,
+                spec.num_kv_heads,
+                row_index=self._row_index,
+                logarithms=states.logarithms,
+            )
+            bound.launch(pieces.merge_grid(), (32 * _MERGE_WARPS, 1, 1))
+        return states
+
+    def _placed(self, numbers: NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(numbers).to(self.place, non_blocking=True)
+
+
+def _shared_bytes(spec: AttentionSpec, rows: int) -> int:
+    span = 64 if spec.head_dim <= 128 else 32
+    item = spec.cache_dtype.itemsize
+    tile = 2 * TILE * (spec.head_dim * item + (4 if item == 1 else 0))
+    return rows * spec.head_dim * 2 + 2 * (span // TILE) * tile
