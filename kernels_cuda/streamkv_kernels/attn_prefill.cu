@@ -47,6 +47,9 @@ SKV_DEV i64 token_of(const Rows& rows, int packed) {
 }
 SKV_DEV int head_of(const Rows& rows, int packed) { return rows.kv_head * rows.group + packed % rows.group; }
 
+// Where 8 columns of a query lie.
+SKV_DEV int query_at(int row, int chunk) { return chunk_at<QUERY_CHUNKS>(row, chunk); }
+
 // Rows from the last on are zeros: they are computed with and go nowhere.
 SKV_DEV void copy_queries(unsigned char* target, const IO* query, const Rows& rows, int first, i64 token_stride, i64 head_stride) {
 #pragma unroll
@@ -54,7 +57,7 @@ SKV_DEV void copy_queries(unsigned char* target, const IO* query, const Rows& ro
     const int row = i / STEPS, step = i % STEPS, packed = first + row;
     const bool inside = packed < rows.packed;
     const IO* source = inside ? query + token_of(rows, packed) * token_stride + head_of(rows, packed) * head_stride + step * 16 : query;
-    unsigned char *low = target + chunk_at<QUERY_CHUNKS>(row, step * 2), *high = target + chunk_at<QUERY_CHUNKS>(row, step * 2 + 1);
+    unsigned char *low = target + query_at(row, step * 2), *high = target + query_at(row, step * 2 + 1);
     if (QUANTISED) {
       u32x4 a{}, b{};
       if (inside) a = load16(source), b = load16(source + 8);
@@ -91,7 +94,7 @@ SKV_DEV void attend_part(
     for (int i = 0; i < LOAD_STEPS && load * LOAD_STEPS + i < STEPS; i++)
 #pragma unroll
       for (int m = 0; m < ROW_TILES; m++)
-        ldmatrix_x4(query[i][m], queries + chunk_at<QUERY_CHUNKS>(first_row + m * 16 + lane % 16, (load * LOAD_STEPS + i) * 2 + lane / 16));
+        ldmatrix_x4(query[i][m], queries + query_at(first_row + m * 16 + lane % 16, (load * LOAD_STEPS + i) * 2 + lane / 16));
 #pragma unroll
     for (int n = 0; n < PART; n++) {
       u32 keys[LOAD_STEPS][4];
