@@ -203,11 +203,11 @@ def test_keys_that_are_rotated_already_are_copied(plain: EmulatedDevice) -> None
 def faults_reach_the_scale(device: EmulatedDevice) -> None:
     """A head with NaN or Inf cannot be stored in 8 bits; its scale says so. Zeros and tiny numbers are stored as zeros."""
     shape = SHAPES["halves, int8"]
-    batch = replace(make(shape), slots=torch.arange(shape.num_tokens), rope=None)
+    batch = replace(make(shape), slots=torch.arange(shape.num_tokens))
     batch.value[0, 0, 17], batch.value[1, 0, 200], batch.value[2, 0] = NAN, -torch.inf, 0.0
     batch.value[3, 0] = 1e-38
     batch.value[4, 0, 255] = 300.0
-    KVWriter(device, BF16).write(batch.key, batch.value, batch.slots, batch.cache)
+    batch.run(device)
     _, values = stored(batch)
     assert values[0, 0].isnan().all()
     assert values[1, 0].isnan().all()

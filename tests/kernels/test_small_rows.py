@@ -61,7 +61,7 @@ def norm_is_exact(device: EmulatedDevice, width: int, dtype: torch.dtype, style:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize(("width", "dtype"), [(16, BF16), (64, F16), (80, BF16), (1024, BF16), (1040, BF16), (2064, BF16)])
+@pytest.mark.parametrize(("width", "dtype"), [(16, BF16), (80, BF16), (1024, BF16), (1040, BF16), (2064, F16)])
 def test_a_norm_is_as_exact_as_torch(plain: EmulatedDevice, width: int, dtype: torch.dtype, style: str) -> None:
     norm_is_exact(plain, width, dtype, style)
 
@@ -120,7 +120,7 @@ def gate_is_exact(device: EmulatedDevice, activation: str, dtype: torch.dtype, w
     assert torch.isfinite(ours).all()
 
 
-@pytest.mark.parametrize(("activation", "dtype"), [("silu", BF16), ("gelu_tanh", BF16), ("gelu_tanh", F16)])
+@pytest.mark.parametrize(("activation", "dtype"), [("silu", BF16), ("gelu_tanh", F16)])
 def test_a_gate_is_as_exact_as_torch(plain: EmulatedDevice, activation: str, dtype: torch.dtype) -> None:
     for width in (8, 48, 2056):  # less than a block, and a block and a bit
         gate_is_exact(plain, activation, dtype, width)
@@ -159,7 +159,7 @@ def rotates_as_torch(device: EmulatedDevice, head_dim: int, dtype: torch.dtype) 
             assert ours.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, BF16), (96, F16), (576, BF16)])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, BF16), (96, F16)])
 def test_rotation_is_torchs_bit_by_bit(plain: EmulatedDevice, head_dim: int, dtype: torch.dtype) -> None:
     rotates_as_torch(plain, head_dim, dtype)
 
@@ -169,8 +169,7 @@ def test_rotation_is_torchs_bit_by_bit(plain: EmulatedDevice, head_dim: int, dty
 
 def rows_obey(device: EmulatedDevice) -> None:
     """One of each, for the checked build: no race, nothing out of range."""
-    norm_is_exact(device, 1040, BF16, "Llama")
-    norm_with_residual(device, 48)
+    norm_with_residual(device, 1040)
     gate_is_exact(device, "silu", BF16, 48)
     rotates_as_torch(device, 64, BF16)
 
@@ -180,13 +179,16 @@ def test_the_checked_build_finds_nothing(checked: EmulatedDevice) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from(["silu", "gelu_tanh"]))
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 2**31), st.sampled_from([0.0, 1.0]))
 def test_any_shape_in_any_schedule_gives_the_same_bits(
-    plain: EmulatedDevice, rows: int, eighths: int, seed: int, activation: str
+    plain: EmulatedDevice, rows: int, eighths: int, seed: int, offset: float
 ) -> None:
     x, weight = random(rows, 16 * eighths, seed=seed), random(16 * eighths, seed=seed + 1)
     results = [
-        (RowKernels(one, BF16).rms_norm(x, weight, EPS, offset=1.0, round_first=False), RowKernels(one, BF16).gate(x, activation))
+        (
+            RowKernels(one, BF16).rms_norm(x, weight, EPS, offset=offset, round_first=not offset),
+            RowKernels(one, BF16).gate(x, "silu"),
+        )
         for one in in_every_schedule(plain)
     ]
     assert all(same_bits(a, results[0][0]) and same_bits(b, results[0][1]) for a, b in results)
