@@ -103,7 +103,7 @@ class CpuBackend:
         Raises:
             BackendError: another device is asked for, or the kernels cannot be had here.
         """
-        if torch.device("cpu" if device == "auto" else device).type != "cpu":
+        if str(device).partition(":")[0] not in {"auto", "cpu"}:
             raise BackendError(f"the cpu backend runs on the processor, not on {device}; leave --device at auto")
         self._native = library() if native is None else native
         self.ops = CpuOps(self._native)

@@ -69,13 +69,24 @@ inline vf number(vu word, int bit, int bits) {  // the field at `bit`, plus 2^(2
 inline vu pair(vf even, vf odd) { return (vu)even >> 16 | (vu)odd; }
 inline vu rotated(vu x) { return x << 16 | x >> 16; }
 
-inline void from_int8(const char* words, vu_any* out) {
-  for (int i = 0; i < 8; i++, words += 4 * PANEL, out += 2 * V)
+// What a step of a panel holds, as floats: f(p, v, even, odd) is told of inputs 2p and 2p + 1 of the W channels at v; of any one
+// channel in the order of p. Every value is one that bf16 has.
+template <class F> inline void values_of_bf16(const char* pairs, F f) {
+  for (int p = 0; p < STEP / 2; p++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      const vu pair = *(const vu_any*)(pairs + 4 * (PANEL * p + W * v));
+      f(p, v, (vf)(pair << 16), (vf)(pair & 0xffff0000u));
+    }
+}
+
+template <class F> inline void values_of_int8(const char* words, F f) {
+  for (int i = 0; i < STEP / 4; i++, words += 4 * PANEL)
 #pragma GCC unroll 4
     for (int v = 0; v < V; v++) {
       const vu low = *(const vu_any*)(words + 4 * W * v), high = rotated(low);
-      out[v] = pair(number(low, 7, 8) - 65664.f, number(low, 15, 8) - 384.f);
-      out[V + v] = pair(number(high, 7, 8) - 65664.f, number(high, 15, 8) - 384.f);
+      f(2 * i, v, number(low, 7, 8) - 65664.f, number(low, 15, 8) - 384.f);
+      f(2 * i + 1, v, number(high, 7, 8) - 65664.f, number(high, 15, 8) - 384.f);
     }
 }
 
@@ -86,11 +97,12 @@ inline vu widened(const char* p) {
   return __builtin_convertvector(bytes, vu);
 }
 
-inline void from_int4(const char* group, vu_any* out) {
+template <class F> inline void values_of_int4(const char* group, F f) {
+#pragma GCC unroll 4
   for (int v = 0; v < V; v++) {
     const vf scale = (vf)((widened(group + W * v) << 20) + (96u << 23));
     const vf zero = __builtin_convertvector(widened(group + PANEL + W * v), vf);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < STEP / 8; i++) {
       const vu word = *(const vu_any*)(group + 128 + 4 * (PANEL * i + W * v));
       for (int half = 0; half < 2; half++) {
         const vu x = half ? rotated(word) : word;
@@ -98,11 +110,17 @@ inline void from_int4(const char* group, vu_any* out) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)  // exact with and without a fused multiply-add: at most 17 + 4 bits
           y[j] = number(x, 7 + 4 * j, 4) * scale - (zero + (float)(1 << (16 - 4 * j))) * scale;
-        out[(4 * i + 2 * half) * V + v] = pair(y[0], y[1]);
-        out[(4 * i + 2 * half + 1) * V + v] = pair(y[2], y[3]);
+        f(4 * i + 2 * half, v, y[0], y[1]);
+        f(4 * i + 2 * half + 1, v, y[2], y[3]);
       }
     }
   }
+}
+
+template <int FORMAT, class F> inline void values(const char* step, F f) {
+  if constexpr (FORMAT == BF16) values_of_bf16(step, f);
+  else if constexpr (FORMAT == INT8) values_of_int8(step, f);
+  else values_of_int4(step, f);
 }
 
 // A chunk of a panel: bf16 [16 * steps][64][2], where it lies or in `room`. at(s) is step s.
@@ -116,12 +134,22 @@ template <int FORMAT> struct Unpacking {  // one step ahead of the one that is a
   int steps;
   Unpacking(const char* packed, bf16* room, int steps) : packed(packed), room(room), steps(steps) { unpack(0); }
   void unpack(int s) const {
-    (FORMAT == INT8 ? from_int8 : from_int4)(packed + s * step_bytes(FORMAT), (vu_any*)(room + s * STEP * PANEL));
+    vu_any* out = (vu_any*)(room + s * STEP * PANEL);
+    values<FORMAT>(packed + s * step_bytes(FORMAT), [&](int p, int v, vf even, vf odd) __attribute__((always_inline)) { out[V * p + v] = pair(even, odd); });
     asm volatile("" ::: "memory");  // GCC's tile intrinsics do not say which memory they read
   }
   const bf16* at(int s) const {
     if (s + 1 < steps) unpack(s + 1);
     return room + s * STEP * PANEL;
+  }
+};
+template <int FORMAT> struct Packed {
+  const char* at;
+  bf16* room;
+  int steps;
+  auto unpacked() const {
+    if constexpr (FORMAT == BF16) return Ready{(const bf16*)at};
+    else return Unpacking<FORMAT>(at, room, steps);
   }
 };
 
@@ -168,7 +196,8 @@ struct Vectors {
   const bf16* x;
   int64_t stride;
   static int fetches(int rows) { return (rows + R_MAX - 1) / R_MAX * (W == 16 ? 1 : V / 4); }
-  template <class Chunk> void multiply(int row, int rows, int k0, int inputs, const Chunk& chunk, float* sums, Stream& stream) const {
+  template <int FORMAT> void multiply(int row, int rows, int k0, int inputs, Packed<FORMAT> packed, float* sums, Stream& stream) const {
+    const auto chunk = packed.unpacked();
     for (int s = 1; s < (inputs + STEP - 1) / STEP; s++) chunk.at(s - 1);
     const bf16* w = chunk.at((inputs - 1) / STEP) - (inputs - 1) / STEP * STEP * PANEL;
     for (int r = 0; r < rows; r += R_MAX) {
@@ -227,7 +256,8 @@ struct Tiles {
     }
   }
 
-  template <class Chunk> void multiply(int row, int rows, int k0, int inputs, const Chunk& chunk, float* sums, Stream& stream) const {
+  template <int FORMAT> void multiply(int row, int rows, int k0, int inputs, Packed<FORMAT> packed, float* sums, Stream& stream) const {
+    const auto chunk = packed.unpacked();
     asm volatile("" ::: "memory");
     const int n = (inputs + STEP - 1) / STEP, pairs = rows > TILE ? (rows + TILE - 1) / (2 * TILE) : 0, last = pairs * 2 * TILE;
     const bf16* a = x + ((int64_t)(row / TILE) * steps + k0 / STEP) * TILE * STEP;
@@ -295,6 +325,42 @@ struct Tiles {
     _tile_stored(0, c, PITCH); _tile_stored(1, c + 16, PITCH); _tile_stored(2, c + 32, PITCH); _tile_stored(3, c + 48, PITCH);
   }
 };
+
+// So few rows that tiles are nearly empty: vectors multiply, and nothing is unpacked to memory. The same sums as those of the
+// tiles, bit for bit: of each step even and odd inputs apart, in order, then their sum.
+struct Few {
+  static constexpr int MOST = 2;
+  const float* x;  // [rows][stride], zero beyond k
+  int64_t stride;
+  static int fetches(int) { return 8; }
+
+  template <int FORMAT> void multiply(int row, int rows, int k0, int inputs, Packed<FORMAT> packed, float* sums, Stream& stream) const {
+    const int n = (inputs + STEP - 1) / STEP;
+    if (rows == 1) steps<FORMAT, 1>(x + row * stride + k0, packed.at, n, sums, !k0, stream);
+    else steps<FORMAT, 2>(x + row * stride + k0, packed.at, n, sums, !k0, stream);
+  }
+
+  template <int FORMAT, int R> void steps(const float* at, const char* packed, int n, float* sums, bool first, Stream& stream) const {
+    vf c[R][V];
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) c[r][v] = first ? vf{} : load(sums + r * PANEL + v * W);
+    for (int s = 0; s < n; s++, at += STEP, packed += step_bytes(FORMAT)) {
+      vf even[R][V] = {}, odd[R][V] = {};
+      values<FORMAT>(packed, [&](int p, int v, vf w0, vf w1) __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int r = 0; r < R; r++) {
+          even[r][v] += w0 * at[r * stride + 2 * p];
+          odd[r][v] += w1 * at[r * stride + 2 * p + 1];
+        }
+        if (FORMAT == INT8 ? p % 2 == 0 && v == 0 : p % 4 == 0 && v % 2 == 0) stream.fetch();  // 8 times a step
+      });
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) c[r][v] += even[r][v] + odd[r][v];
+    }
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < V; v++) store(sums + r * PANEL + v * W, c[r][v]);
+  }
+};
 #endif
 
 // ---- sums to results ----------------------------------------------------------------------------------------------
@@ -341,9 +407,9 @@ void share(const Weight& w, const Rows& x, void* y, int64_t y_stride, int m, int
       const int n = (int)std::min<int64_t>(most_steps, steps - s), k0 = (int)s * STEP;
       const int inputs = std::min(n * STEP, w.k - k0);
       stream.next_chunk(at, n * step, n * Rows::fetches(rows));
-      if (w.format == BF16) x.multiply(row, rows, k0, inputs, Ready{(const bf16*)at}, sums, stream);
-      else if (w.format == INT8) x.multiply(row, rows, k0, inputs, Unpacking<INT8>(at, room, n), sums, stream);
-      else x.multiply(row, rows, k0, inputs, Unpacking<INT4>(at, room, n), sums, stream);
+      if (w.format == BF16) x.multiply(row, rows, k0, inputs, Packed<BF16>{at, room, n}, sums, stream);
+      else if (w.format == INT8) x.multiply(row, rows, k0, inputs, Packed<INT8>{at, room, n}, sums, stream);
+      else x.multiply(row, rows, k0, inputs, Packed<INT4>{at, room, n}, sums, stream);
       at += n * step;
     }
     if (flags & FLOAT_OUT) finish(w, sums, rows, panel * PANEL, (float*)y + row * y_stride, y_stride, flags & ADD);
@@ -364,8 +430,17 @@ size_t linear_scratch(const Weight& w, int m, int threads) {
 void linear_team(const Weight& w, const bf16* x, int64_t x_stride, void* y, int64_t y_stride, int m, int flags, void* scratch) {
 #ifdef __AMX_BF16__
   if (amx_allowed()) {
-    amx_begin();
+    if (m <= Few::MOST && w.format != BF16) {
+      const int64_t stride = round_up(w.k, STEP);
+      float* wide = (float*)((char*)scratch + omp_get_thread_num() * 2 * Tiles::size(m, w.k));
+      for (int r = 0; r < m; r++)
+        for (int64_t i = 0; i < stride; i++) wide[r * stride + i] = i < w.k ? to_float(x[r * x_stride + i]) : 0;
+      share(w, Few{wide, stride}, y, y_stride, m, flags);
+#pragma omp barrier
+      return;
+    }
     const int64_t y_bytes = y_stride * (flags & FLOAT_OUT ? 4 : 2);
+    amx_begin();
     for (int m0 = 0; m0 < m; m0 += AT_ONCE) {
       const int rows = std::min(AT_ONCE, m - m0);
       bf16* packed = (bf16*)scratch;
