@@ -7,7 +7,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 
-.PHONY: help install serve chat test smoke lint format bench mutants kernels-planted cpu-sanitize compose-check clean
+.PHONY: help install serve chat test smoke lint format bench mutants kernels-planted contract-cuda cpu-sanitize compose-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -45,6 +45,9 @@ mutants: install  ## plant bugs one by one; every one must turn a test red
 
 kernels-planted: install  ## plant bugs in the CUDA kernels; the emulator or its tests must notice every one
 	@$(BIN)/python -m tests.kernels.planted $(ARGS)
+
+contract-cuda: install  ## the whole backend contract over CUDA kernels in the emulator
+	@$(BIN)/python -m streamkv_backends.contract cuda --device emulated $(ARGS)
 
 cpu-sanitize: install  ## the cpu backend's tests over kernels that g++ checks for memory and undefined behaviour
 	@$(BIN)/python -m tests.backends.cpu.sanitize

@@ -31,7 +31,7 @@ def load_backend(name: str, device: str = "auto") -> tuple[AttentionBackend, str
 
     Args:
         name: `auto`, the name of an entry point, or an import string `package.module:Class`.
-        device: torch device; `auto` = the backend's own choice.
+        device: torch device, or what else the backend calls one; `auto` = its own choice.
 
     Returns:
         The backend, and why it was chosen.
@@ -41,8 +41,7 @@ def load_backend(name: str, device: str = "auto") -> tuple[AttentionBackend, str
     """
     if name == "auto":
         return _automatic(device)
-    hint = "; the CUDA backend is not part of this build" if name == "cuda" else ""
-    factory = _BACKENDS.load(name, also=("auto",), hint=hint)
+    factory = _BACKENDS.load(name, also=("auto",))
     reason = f"asked for by import string {name}" if ":" in name else f"asked for by name {name!r}"
     return _construct(name, factory, device), reason
 
@@ -61,7 +60,7 @@ def _automatic(device: str) -> tuple[AttentionBackend, str]:
         reason = f"auto: device {device} is asked for"
     else:
         reason = "auto: no cuda backend is installed"
-    if "cpu" in known and torch.device("cpu" if device == "auto" else device).type == "cpu":
+    if "cpu" in known and device.partition(":")[0] in {"auto", "cpu"}:
         try:
             return load_backend("cpu", device)[0], reason
         except BackendError as error:

@@ -43,13 +43,12 @@ class EntryPointGroup:
                 )
         return found
 
-    def load(self, name: str, *, also: tuple[str, ...] = (), hint: str = "") -> Any:
+    def load(self, name: str, *, also: tuple[str, ...] = ()) -> Any:
         """Import what a name means.
 
         Args:
             name: of an entry point, or an import string `package.module:Class`.
             also: names that the caller itself understands, to be listed where the name is unknown.
-            hint: said about an unknown name.
 
         Raises:
             ConfigError: unknown, not importable, or not there; one sentence says which.
@@ -61,7 +60,7 @@ class EntryPointGroup:
         if name not in known:
             names = "".join(f"{known_name}, " for known_name in (*also, *sorted(known)))
             either = f"one of {names}or " if names else ""
-            raise self.error(f"{self.kind} {name!r} is unknown{hint}; use {either}package.module:Class")
+            raise self.error(f"{self.kind} {name!r} is unknown; use {either}package.module:Class")
         return self._import(name, known[name].module, known[name].attr)
 
     def _import(self, name: str, module: str, attribute: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 import torch
 
-from streamkv.attention import KVSpec
+from streamkv.attention import AttentionBackend, KVSpec
 from streamkv.backend_registry import backend_for, load_backend
 from streamkv.core.config import SchedulerConfig
 from streamkv.core.kv_cache import KVCache
@@ -113,16 +113,24 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
         await engine.close()
 
 
+def _torch_device(name: str, backend: AttentionBackend) -> str:
+    """Where the model's tensors are; `auto` and names that only the backend knows leave it to that."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return backend.limits.device
+    if device.type != backend.limits.device:
+        raise ConfigError(
+            f"backend {backend.name!r} runs on {backend.limits.device}, not on {name}; leave device at auto", param="device"
+        )
+    return name
+
+
 def _load(config: EngineConfig, on_pass: Callable[[], None]) -> _Parts:
     """Everything that touches torch; runs in the runner's thread."""
     backend, reason = load_backend(config.backend, config.device)
     log.info("backend_chosen", backend=backend.name, reason=reason)
-    device = backend.limits.device if config.device == "auto" else config.device
-    if torch.device(device).type != backend.limits.device:
-        raise ConfigError(
-            f"backend {backend.name!r} runs on {backend.limits.device}, not on {device}; leave device at auto",
-            param="device",
-        )
+    device = _torch_device(config.device, backend)
     model = load_model(
         config.model_path,
         device=device,

@@ -94,7 +94,8 @@ class ModelRunner:
         self._prompts = PromptReader()
         self._tap = tap
         self._failed = False
-        self._recordings = Recordings(backend, self._ask_model) if model.dtype is getattr(backend.ops, "dtype", None) else None
+        records = hasattr(backend, "replay") and backend.ops is not None and model.dtype is backend.ops.dtype
+        self._recordings = Recordings(backend, self._ask_model) if records else None
 
     @property
     def pool(self) -> KVPool:

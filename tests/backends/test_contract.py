@@ -38,7 +38,7 @@ def test_command_finds_an_installed_backend_by_name(capsys: pytest.CaptureFixtur
     assert main(["torch", "--only", "no case is called that"]) == 2
     with pytest.raises(SystemExit):
         main(["nonesuch"])
-    assert "backend 'nonesuch' is not installed; there are cpu, torch, or package.module:Class" in capsys.readouterr().err
+    assert "backend 'nonesuch' is not installed; there are cpu, cuda, torch, or package.module:Class" in capsys.readouterr().err
 
 
 def test_cases_cover_what_is_promised() -> None:

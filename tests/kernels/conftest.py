@@ -12,11 +12,6 @@ from streamkv_kernels.emulated import EmulatedDevice
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(scope="session")
 def plain(libraries: Path) -> EmulatedDevice:
     """Fast, for wide tables of numbers."""
     return EmulatedDevice(cache=libraries)

@@ -1,0 +1,57 @@
+"""The cuda backend's fused functions: `streamkv.fused.FusedOps` by kernels. Linear layers are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from streamkv.errors import ConfigError
+from streamkv.fused import Activation, Quantization
+from streamkv_kernels.device import Device
+from streamkv_kernels.rows import RowKernels
+from streamkv_kernels.sampling import SamplingKernels
+
+__all__ = ["CudaOps"]
+
+
+class CudaOps:
+    """See the module's docstring."""
+
+    def __init__(self, device: Device, dtype: torch.dtype) -> None:
+        """Nothing is compiled yet."""
+        self.dtype = dtype
+        self._rows, self._sampling = RowKernels(device, dtype), SamplingKernels(device)
+
+    def linear(self, linear: nn.Linear, quantization: Quantization | None) -> nn.Module | None:
+        """The layer itself: torch's product is the best there is, and saying so lets the runner merge layers of equal input.
+
+        Raises:
+            ConfigError: the weights are to be quantised.
+        """
+        if quantization is not None:
+            raise ConfigError(f"quantization {quantization} needs the cpu backend", param="quantization")
+        return linear if linear.weight.dtype is self.dtype else None
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: float, round_first: bool) -> torch.Tensor:
+        """Normed rows of the last dimension."""
+        return self._rows.rms_norm(x, weight, eps, offset=offset, round_first=round_first)
+
+    def gate(self, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        """[..., 2 · width] -> [..., width]: act(first half) · second half."""
+        return self._rows.gate(x, activation)
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotate [1, heads, tokens, dim]; cos and sin are [1, tokens, dim]."""
+        return self._rows.rotate(query, key, cos, sin)
+
+    def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, vocab_size] -> the first of each row's largest logits; whether all of a row are finite."""
+        return self._sampling.most_probable(logits if logits.stride(-1) == 1 else logits.contiguous())
+
+    def record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, None]:
+        """Run it; passes are not recorded."""
+        return function(*inputs), None
