@@ -13,9 +13,14 @@
 //
 // A job that lies in one share is written out by its block. Of the others each piece leaves a state (attention.cuh), which
 // attn_merge.cu joins. Within a piece every warp takes each WARPS-th tile, with its own ring of STAGES stages in shared memory, so
-// that no warp waits for another; their states meet in shared memory at the end of the piece.
+// that no warp waits for another; their states meet in shared memory at the end of the piece, in place of the rings.
 //
-// Grid: shares; block: WARPS * 32. Shared memory: attn_decode.py knows.
+// Grid     one block a share, 2 a multiprocessor whatever the step: a captured graph serves all. Block: WARPS * 32.
+// Shared   WARPS rings of STAGES x (keys, values, scales of a tile), or WARPS x 16 rows of float32 (attn_decode.py has the bytes).
+// Limits   reading the cache, once for all rows of a job; 2 blocks a multiprocessor keep 16 tiles in flight.
+//
+// Versions
+//   1  this; next: keys and values by TMA into more stages (sm_90), and the next piece's first tiles before this one's states meet
 #include "attention.cuh"
 
 #ifndef WARPS
@@ -36,44 +41,64 @@ struct alignas(16) Sequence {
   int tiles;       // of each job
   int row_tiles;   // jobs of a KV head
 };
-struct alignas(16) Share { int sequence, job, tile, tiles, state, unused[3]; };  // where it begins, how long it is, its first state
+struct alignas(16) Share {
+  int sequence, job, tile;  // where it begins
+  int tiles;                // how long it is
+  int state;                // the first that it leaves
+  int unused[3];
+};
 
 constexpr int OUT_STRIDE = HEAD_DIM + 8;  // floats; shifts rows by 8 banks: fewer of them meet
 
 struct Piece {
-  i64 head;
-  int row_tile, first, past;  // tiles
+  Sequence of;
+  int head, first_packed, live;  // KV head, first packed row and number of them
+  int first, past;               // tiles
+  bool whole;                    // the job has no other piece
 };
 
-SKV_DEV Visible visible_rows(const Sequence& s, int row_tile, int group, int window) {
+// The piece that a share begins with. Asked twice, before and after the tiles: kept over them it would take registers that the
+// accumulators of a wide head need.
+SKV_DEV Piece first_piece(const Share& share, const int* sequences, int group) {
+  const Sequence s = reinterpret_cast<const Sequence*>(sequences)[opaque(share.sequence)];
+  const int count = min(share.tiles, s.tiles - share.tile), first_packed = share.job % s.row_tiles * 16;
+  const int first = s.first_tile + share.tile;
+  return {s, share.job / s.row_tiles, first_packed, min(16, s.rows * group - first_packed), first, first + count, count == s.tiles};
+}
+
+SKV_DEV Share without(const Share& share, const Piece& piece, int num_kv_heads) {
+  const bool last_job = share.job + 1 == piece.of.row_tiles * num_kv_heads;
+  return {share.sequence + last_job, last_job ? 0 : share.job + 1, 0, share.tiles - (piece.past - piece.first), share.state + !piece.whole};
+}
+
+SKV_DEV Visible visible_rows(const Piece& piece, int group, int window) {
+  const Sequence& s = piece.of;
   int begin[2], end[2];
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    const int token = min((row_tile * 16 + lane_id() / 4 + r * 8) / group, s.rows - 1);
+    const int token = min((piece.first_packed + lane_id() / 4 + r * 8) / group, s.rows - 1);
     end[r] = s.end - s.rows + token + 1;
     begin[r] = max(s.begin, window > 0 ? end[r] - window : 0);
   }
   return sees(begin[0], end[0], begin[1], end[1]);
 }
 
-// This warp's tiles of a piece. `begin`, `end`: what any row of the sequence sees.
+// This warp's tiles of a piece; no row of the sequence sees a token before `begin`.
 SKV_DEV void attend(Softmax& softmax, unsigned char* ring, const u32 (&query)[STEPS][4], const Cache& cache, const int* blocks,
-                    const Piece& piece, const Scoring& scoring, const Visible& rows, int begin, int end) {
-  const int warp = (int)threadIdx.x / 32, tiles_per_block = (int)cache.block_size / TILE;
-  int ahead = piece.first + warp;  // the tile to load next
+                    const Piece& piece, const Scoring& scoring, const Visible& rows, int begin) {
+  const int mine = piece.first + (int)threadIdx.x / 32, end = piece.of.end, tiles_per_block = (int)cache.block_size / TILE;
   auto block_of = [&](int tile) { return tile < piece.past && tile * TILE < end ? blocks[tile / tiles_per_block] : 0; };
-  int block = block_of(ahead);
-  auto load_next = [&](int stage) {
-    if (ahead < piece.past) load_tile(ring + stage * STAGE_BYTES, cache, block, piece.head, ahead * TILE, begin, end);
+  int block = block_of(mine);
+  auto load = [&](int tile, int stage) {
+    if (tile < piece.past) load_tile(ring + stage * STAGE_BYTES, cache, block, piece.head, tile * TILE, begin, end);
     cp_async_commit();
-    ahead += WARPS;
-    block = block_of(ahead);  // looked up a tile early: a copy that waited for its own look-up would start late
+    block = block_of(tile + WARPS);  // looked up a tile early: a copy that waited for its own look-up would start late
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) load_next(i);
+  for (int i = 0; i < STAGES - 1; i++) load(mine + i * WARPS, i);
   int stage = 0;
-  for (int tile = piece.first + warp; tile < piece.past; tile += WARPS) {
-    load_next((stage + STAGES - 1) % STAGES);
+  for (int tile = mine; tile < piece.past; tile += WARPS) {
+    load(tile + (STAGES - 1) * WARPS, (stage + STAGES - 1) % STAGES);
     cp_async_wait<STAGES - 1>();
     sync_warp();
     const unsigned char* here = ring + stage * STAGE_BYTES;
@@ -137,46 +162,38 @@ SKV_BOUNDED_KERNEL(attn_decode, WARPS * 32, 2)
   const Scoring scoring = {(float)scale, (float)cap};
   const int group = (int)(num_heads / num_kv_heads);
 
-  const Share share = reinterpret_cast<const Share*>(shares)[blockIdx.x];
-  int left = share.tiles, at = share.sequence, job = share.job, tile = share.tile, state = share.state;
-  while (left > 0) {
-    const Sequence s = reinterpret_cast<const Sequence*>(sequences)[at];
-    const int count = min(left, s.tiles - tile), row_tile = job % s.row_tiles;
-    const Piece piece = {job / s.row_tiles, row_tile, s.first_tile + tile, s.first_tile + tile + count};
-    const int first_packed = row_tile * 16, live = min(16, s.rows * group - first_packed);
-
-    auto query_row = [&](int row) -> const IO* {
-      const int packed = first_packed + row;
-      if (row >= live) return nullptr;
-      return query + (s.first_row + packed / group) * query_row_stride + (piece.head * group + packed % group) * query_head_stride;
-    };
-    u32 fragments[STEPS][4];
-    load_query(fragments, query_row(lane_id() / 4), query_row(lane_id() / 4 + 8));
-    const int begin = max(s.begin, window > 0 ? s.end - s.rows + 1 - (int)window : 0);
+  for (Share share = reinterpret_cast<const Share*>(shares)[blockIdx.x]; share.tiles > 0;) {
     Softmax softmax;
-    attend(softmax, ring, fragments, cache, block_table + s.id * table_stride, piece, scoring,
-           visible_rows(s, row_tile, group, (int)window), begin, s.end);
-
+    {
+      const Piece piece = first_piece(share, sequences, group);
+      const Sequence& s = piece.of;
+      auto query_row = [&](int row) -> const IO* {
+        const int packed = piece.first_packed + row;
+        if (row >= piece.live) return nullptr;
+        return query + (s.first_row + packed / group) * query_row_stride + ((i64)piece.head * group + packed % group) * query_head_stride;
+      };
+      u32 fragments[STEPS][4];
+      load_query(fragments, query_row(lane_id() / 4), query_row(lane_id() / 4 + 8));
+      const int begin = max(s.begin, window > 0 ? s.end - s.rows + 1 - (int)window : 0);
+      attend(softmax, ring, fragments, cache, block_table + s.id * table_stride, piece, scoring, visible_rows(piece, group, (int)window), begin);
+    }
+    const Piece piece = first_piece(share, sequences, group);
     sync_block();  // the other warps still read their rings
-    share_softmax(joint, softmax, live);
+    share_softmax(joint, softmax, piece.live);
     sync_block();
-    const bool whole = count == s.tiles;
-    for (int i = (int)threadIdx.x; i < live * HEAD_DIM; i += WARPS * 32) {
-      const int row = i / HEAD_DIM, column = i % HEAD_DIM, packed = first_packed + row;
+    for (int i = (int)threadIdx.x; i < piece.live * HEAD_DIM; i += WARPS * 32) {
+      const int row = i / HEAD_DIM, column = i % HEAD_DIM, packed = piece.first_packed + row;
       const State result = joined_warps(joint, row, column);
-      if (whole) {
-        write_output(output, s.first_row + packed / group, piece.head * group + packed % group, column, result, s.begin > 0);
+      if (piece.whole) {
+        write_output(output, piece.of.first_row + packed / group, piece.head * group + packed % group, column, result, piece.of.begin > 0);
       } else {
-        const i64 at_state = (i64)state * 16 + row;
-        state_out[at_state * HEAD_DIM + column] = output_of(result);
-        if (column == 0) state_logarithms[at_state] = logarithm_of(result);
+        const i64 state = (i64)share.state * 16 + row;
+        state_out[state * HEAD_DIM + column] = output_of(result);
+        if (column == 0) state_logarithms[state] = logarithm_of(result);
       }
     }
     sync_block();  // before the rings are filled again
-    left -= count;
-    tile = 0;
-    state += !whole;
-    if (++job == s.row_tiles * (int)num_kv_heads) job = 0, at++;
+    share = without(share, piece, (int)num_kv_heads);
   }
 }
 

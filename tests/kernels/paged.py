@@ -6,6 +6,7 @@ block in table entries; outputs are NaN before a launch. Nothing lies contiguous
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,10 +14,10 @@ import torch
 
 from streamkv.attention import LayerSpec
 from streamkv_backends.contract.judge import attention, relative_error
-from streamkv_kernels.attention import AttentionSpec
+from streamkv_kernels.attention import AttentionSpec, States
 from streamkv_kernels.kv_write import LayerCache
 
-__all__ = ["QUANTISED", "Paged", "spec_of"]
+__all__ = ["QUANTISED", "Paged", "spec_of", "torch_states"]
 
 NAN = float("nan")
 ABSURD = (-1, 2**31 - 1)
@@ -137,6 +138,21 @@ class Paged:
         self.block_tables = tables.to(torch.int32)
         quantised = (scales[:, 1, 0], scales[:, 1, 1]) if kv in QUANTISED else (None, None)
         self.cache = LayerCache(pool[:, 1, 0], pool[:, 1, 1], *quantised)
+
+
+def torch_states(batch: Paged, begins: np.ndarray) -> States:
+    """By torch: the states of each sequence's tokens before `begins`; NaN where there are none."""
+    spec = batch.spec
+    out = torch.full((*batch.query.shape[:2], spec.head_dim), NAN)
+    logarithms = torch.full(batch.query.shape[:2], NAN)
+    for sequence, begin in enumerate(begins.tolist()):
+        if begin:
+            rows = batch.rows(sequence)
+            keys, values = (part[:begin].repeat_interleave(spec.group, dim=1) for part in batch.contexts[sequence])
+            scores = torch.einsum("nhd,chd->nhc", batch.query[rows].double(), keys.double()) * spec.scale
+            out[rows] = torch.einsum("nhc,chd->nhd", scores.softmax(-1), values.double()).float()
+            logarithms[rows] = (scores.logsumexp(-1) / math.log(2)).float()
+    return States(out, logarithms)
 
 
 def _stored(numbers: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from streamkv_kernels.attention import AttentionSpec, MergeStates, States
 from streamkv_kernels.attn_decode import DecodeAttention
 from streamkv_kernels.emulated import EmulatedDevice, Schedule
 from streamkv_kernels.kv_write import LayerCache
-from tests.kernels.paged import NAN, Paged, spec_of
+from tests.kernels.paged import NAN, Paged, spec_of, torch_states
 
 BF16, F16, E4M3, INT8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
 
@@ -129,26 +129,11 @@ def test_sequences_that_are_not_chosen_stay_as_they_are(device: EmulatedDevice) 
     assert batch.judge(run(device, batch, chosen=[0, 2, 4]), chosen=[0, 2, 4]) <= 1
 
 
-def _states_of(batch: Paged, begins: np.ndarray) -> States:
-    """By torch: the states of each sequence's tokens before `begins`; NaN where there are none."""
-    spec = batch.spec
-    out = torch.full((*batch.query.shape[:2], spec.head_dim), NAN)
-    logarithms = torch.full(batch.query.shape[:2], NAN)
-    for sequence, begin in enumerate(begins.tolist()):
-        if begin:
-            rows = batch.rows(sequence)
-            keys, values = (part[:begin].repeat_interleave(spec.group, dim=1) for part in batch.contexts[sequence])
-            scores = torch.einsum("nhd,chd->nhc", batch.query[rows].double(), keys.double()) * spec.scale
-            out[rows] = torch.einsum("nhc,chd->nhd", scores.softmax(-1), values.double()).float()
-            logarithms[rows] = (scores.logsumexp(-1) / math.log(2)).float()
-    return States(out, logarithms)
-
-
 @pytest.mark.parametrize("num_sms", [1, 16])
 def test_states_of_a_shared_prefix_join(device: EmulatedDevice, num_sms: int) -> None:
     batch = Paged(spec_of((8, 2)), [(1, 100), (1, 64 + 700), (2, 50), (3, 67), (1, 900)])
     begins = np.array([64, 64, 0, 64, 128], dtype=np.int32)
-    prefix = _states_of(batch, begins)
+    prefix = torch_states(batch, begins)
     for sequence, begin in enumerate(begins.tolist()):  # whoever reads these now is found out
         blocks = batch.block_tables[sequence, : begin // 16].long()
         batch.cache.keys[blocks] = NAN
