@@ -47,7 +47,7 @@ def check_owner(path: Path) -> None:
         raise BackendError(f"{path} must belong to you and be writable by nobody else; repair it or set STREAMKV_CACHE")
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file under another name beside `path`: whoever looks meanwhile sees none, or a whole one."""
     handle, part = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
     os.close(handle)

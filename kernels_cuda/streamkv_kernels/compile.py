@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +72,8 @@ def find_or_build(variant: Variant, architecture: str) -> Path:
         return prebuilt
     path = cache_folder() / _file_name(variant, architecture, compiler_version())
     if not path.exists():
-        write_whole(path, lambda part: _write(part, compile_cubin(variant, architecture)[0]))
+        cubin, _ = compile_cubin(variant, architecture)
+        write_whole(path, partial(Path.write_bytes, data=cubin))
     check_owner(path)
     return path
 
@@ -87,7 +89,8 @@ def prebuild(variants: Iterable[Variant], architectures: Iterable[str] = ARCHITE
     for architecture in architectures:
         for variant in variants:
             path = folder / _file_name(variant, architecture)
-            write_whole(path, lambda part, v=variant, a=architecture: _write(part, compile_cubin(v, a)[0]))  # type: ignore[misc]
+            cubin, _ = compile_cubin(variant, architecture)
+            write_whole(path, partial(Path.write_bytes, data=cubin))
             made.append(path)
     return made
 
@@ -112,7 +115,7 @@ def compile_cubin(variant: Variant, architecture: str) -> tuple[bytes, dict[str,
         arch=architecture,
         include_path=str(SOURCES),
         ptxas_options=["-v"],
-        define_macro=[(name, str(value)) for name, value in variant.defines],
+        define_macro=[(name, str(value)) for name, value in variant.defines] or None,
     )
     log = io.StringIO()
     try:
@@ -150,10 +153,6 @@ def _core() -> Any:
 
 def _file_name(variant: Variant, architecture: str, compiler: str = "") -> str:
     return f"{variant.source}-{architecture}-{variant.digest(architecture, compiler, *_OPTIONS)}.cubin"
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _resources(log: str) -> dict[str, Resources]:

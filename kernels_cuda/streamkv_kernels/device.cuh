@@ -22,7 +22,7 @@ template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 
 #ifdef SKV_EMU
-#include "emulated_device.h"
+#include "emulator.h"
 #else
 
 #define NEG_INF __int_as_float((int)0xff800000)

@@ -51,7 +51,8 @@ class Variant:
         """Of the source, of all headers beside it, of the macros, and of whatever else decides what is compiled."""
         digest = hashlib.sha256("\0".join((*self.flags, *others)).encode())
         for folder in folders:
-            for path in (folder / f"{self.source}.cu", *sorted(folder.glob("*.cuh")), *sorted(folder.glob("*.h"))):
+            own = (folder / f"{self.source}.cu", folder / f"{self.source}.cpp")
+            for path in (*own, *sorted(folder.glob("*.cuh")), *sorted(folder.glob("*.h"))):
                 if path.is_file():
                     digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:16]

@@ -24,7 +24,8 @@ __all__ = ["EmulatedDevice", "EmulatedKernel", "EmulatorError", "Schedule"]
 
 _LANGUAGE: Final = ("-std=c++20", "-x", "c++", "-DSKV_EMU", "-Wall", "-Wextra", "-Werror=uninitialized", "-Wno-unknown-pragmas")
 _CODE: Final = ("-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-threadsafe-statics")
-_FIBERS: Final = ("-fstack-clash-protection", "-U_FORTIFY_SOURCE")  # a stack has one guard page; we jump out of fibers
+_FIBERS: Final = ("-fstack-clash-protection", "-U_FORTIFY_SOURCE", "-fno-optimize-sibling-calls")
+"""A stack has one guard page; we jump out of fibers; and return addresses say where a kernel is."""
 _FLAGS: Final = (*_LANGUAGE, *_CODE, *_FIBERS)
 _CHECKED_FLAGS: Final = ("-fsanitize=thread", "-fno-omit-frame-pointer")
 _TIMEOUT_S: Final = 300
@@ -103,6 +104,7 @@ class EmulatedDevice:
         optimize: level of g++: 1 compiles faster, 2 runs faster.
         time_limit_s: of a launch.
         record_traffic: count wavefronts of shared and sectors of global memory too, in a checked device.
+        machine_defines: macros of `emulator.cpp`.
         counters: what the latest launch did; `emulator.h` says of each what it counts.
     """
 
@@ -114,6 +116,7 @@ class EmulatedDevice:
     optimize: int = 2
     time_limit_s: float = 60.0
     record_traffic: bool = False
+    machine_defines: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
     _libraries: dict[Variant, _Library] = field(default_factory=dict)
 
@@ -139,22 +142,34 @@ class EmulatedDevice:
         compiler = shutil.which("g++")
         if compiler is None:
             raise BackendError("emulated kernels need g++, which is not installed")
-        flags = (f"-O{self.optimize}", *_FLAGS, *(_CHECKED_FLAGS if self.checked else ()), *variant.flags)
         folder = self.cache or cache_folder()
-        digest = variant.digest(*flags, _run([compiler, "--version"]), folders=(self.sources, SOURCES))
+        flags = (f"-O{self.optimize}", *_FLAGS, *(_CHECKED_FLAGS if self.checked else ()), *variant.flags)
+        version = _run([compiler, "--version"])
+        machine = self._machine(compiler, version, folder)
+        digest = variant.digest(*flags, version, machine.name, folders=(self.sources, SOURCES))
         path = folder / f"emulated-{variant.source}-{digest}.so"
         if not path.exists():
-            write_whole(path, lambda part: self._compile(variant, compiler, flags, part))
+            write_whole(path, lambda part: self._compile(compiler, flags, variant, machine, part))
         check_owner(path)
         return path
 
-    def _compile(self, variant: Variant, compiler: str, flags: tuple[str, ...], path: Path) -> None:
-        """In two steps, so that a checked library is linked without libtsan: its hooks are those of `emulator.h`."""
+    def _machine(self, compiler: str, version: str, folder: Path) -> Path:
+        """The emulator itself, compiled once for all kernels, and never looked at by its own hooks."""
+        flags = ("-O2", *_FLAGS, f"-DEMU_CHECKED={int(self.checked)}", *(f"-D{name}" for name in self.machine_defines))
+        path = folder / f"emulator-{Variant('emulator').digest(*flags, version)}.o"
+        if not path.exists():
+            command = [compiler, *flags, f"-I{SOURCES}", "-c", str(SOURCES / "emulator.cpp"), "-o"]
+            write_whole(path, lambda part: _run([*command, str(part)]))
+        check_owner(path)
+        return path
+
+    def _compile(self, compiler: str, flags: tuple[str, ...], variant: Variant, machine: Path, path: Path) -> None:
+        """In two steps, so that a checked library is linked without libtsan: its hooks are the emulator's."""
         object_file = path.with_suffix(".o")
         include = [f"-I{self.sources}", f"-I{SOURCES}"]
         try:
             _run([compiler, *flags, *include, "-c", str(self.sources / f"{variant.source}.cu"), "-o", str(object_file)])
-            _run([compiler, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", str(object_file), "-o", str(path)])
+            _run([compiler, "-shared", "-Wl,-z,defs", "-Wl,-Bsymbolic", str(object_file), str(machine), "-o", str(path)])
         finally:
             object_file.unlink(missing_ok=True)
 

@@ -1,48 +1,13 @@
 // The device layer on a processor: the names of device.cuh, so that g++ compiles a .cu as it is and the result runs without a GPU.
-//
-// One block at a time; each CUDA thread is a fiber. A barrier or collective parks the fiber; the last one to arrive does the work
-// for all, reading and writing the operands that lie on the stacks of the others. Shared memory starts as NaN in every block, and
-// a cp.async copies as late as it may (at its wait) or as early, as the launch asks: whoever relies on one of them is found out.
-//
-// Compiled with -fsanitize=thread but linked without its library, every load and store of the kernel calls a hook below:
-// the checked build. It knows races in shared memory, bytes that a cp.async has in flight, what is outside the launch's tensors.
-//
-// A failure never ends the process: `fail` writes down what and where, leaves all fibers as they stand and returns to the host.
-// Kernels therefore hold nothing that needs a destructor.
+// Each function does what PTX's manual says of its instruction; emulator.cpp has the machine. Nothing heavy is included here:
+// hundreds of kernels are compiled over this file, the machine once.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <csetjmp>
-#include <csignal>
-#include <cstdarg>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <ctime>
-#include <deque>
-#include <mutex>
-#include <unordered_map>
-#include <utility>
-#include <vector>
-#include <pthread.h>
-#include <sys/mman.h>
-#include <ucontext.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
 
-#ifdef __SANITIZE_THREAD__
-#define EMU_CHECKED 1
-#else
-#define EMU_CHECKED 0
-#endif
-#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
-#define EMU_OWN_SWITCH 1
-#else
-#define EMU_OWN_SWITCH 0
-#endif
-
-// The emulator's own functions: not watched by the hooks, and never inlined, so that a return address lies in the kernel.
-#define EMU_FN [[maybe_unused]] __attribute__((no_sanitize_thread, noinline)) static
-#define EMU_CALLER __builtin_return_address(0)
+#define EMU_INLINE [[maybe_unused]] static inline __attribute__((always_inline))  // so that a return address lies in the kernel
 #define SKV_DEV [[maybe_unused]] static inline
 #define SKV_KERNEL(name) [[maybe_unused]] static void name
 #define SKV_BOUNDED_KERNEL(name, threads, blocks) SKV_KERNEL(name)
@@ -50,547 +15,139 @@
 #define NEG_INF (-INFINITY)
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
+#define threadIdx (emu::thread_index())
+#define blockIdx (emu::block_index())
+#define blockDim (emu::block_size())
+#define gridDim (emu::grid_size())
 
 namespace emu {
-namespace {
-// ---------------------------------------------------------------- what Python gives and gets (emulated.py has the same structs)
+dim3 thread_index();
+dim3 block_index();
+dim3 block_size();
+dim3 grid_size();
+unsigned char* shared_memory();
 
-struct Extent { uintptr_t begin, end; };
-// A wavefront is one turn of the 32 banks of shared memory, a sector 32 bytes of global memory; `least_` as if accesses were perfect.
-struct Counters {
-  u64 mma, ldmatrix, ldmatrix_wavefronts, copies, shuffles, exponentials, block_barriers, warp_barriers, switches;
-  u64 shared_wavefronts, least_shared_wavefronts, global_sectors, least_global_sectors;   // where traffic is recorded
+void sync_block();
+void sync_warp();
+void shuffle(const char* op, void* value, int bytes, int from);
+int lane_index();
+void mma(bool is_bf16, float* d, const u32* a, u32 b0, u32 b1);
+void ldmatrix(const char* op, u32* result, const void* row, bool transposed);
+void copy(void* shared, const void* global, bool filled);
+void commit_copies();
+void wait_for_copies(int most);
+void load16(void* to, const void* pointer);
+void store16(void* pointer, const void* from);
+void atomic_add(u64* pointer, u64 value);
+void count_exponential();
+float f16_value(u32 bits);
+
+// ---------------------------------------------------------------- how Python launches a kernel
+
+struct Launch;
+int launch(const Launch* what, void (*entry)(void*), void* argument);
+
+template <int... I> struct Numbers {};
+template <class... A, int... I> __attribute__((no_sanitize_thread)) void call(void (*kernel)(A...), void** arguments, Numbers<I...>) {
+  kernel(*static_cast<A*>(arguments[I])...);
+}
+template <class... A> __attribute__((no_sanitize_thread)) void call(void (*kernel)(A...), void** arguments) {
+  call(kernel, arguments, Numbers<__integer_pack(sizeof...(A))...>{});
+}
+
+// What a kernel takes: p<bytes> is a pointer to things of that size, l an integer, d a real number.
+template <class T> struct Parameter {
+  static_assert(same<T, i64> || same<T, double>, "a scalar parameter of a kernel is long long or double");
+  static int describe(char* text) { return sprintf(text, same<T, i64> ? "l " : "d "); }
 };
-struct Failure { unsigned block[3]; int thread; u64 where, other_where; char what[240]; };
-struct Launch {
-  unsigned grid[3], block[3], shared_bytes;
-  int order, early_copies;   // order: OLDEST, NEWEST, RANDOM
-  int record_traffic;        // in the checked build
-  u64 seed;
-  double time_limit_s;
-  u64 num_extents;
-  const Extent* extents;     // memory that the kernel may use; looked at in the checked build only
-  Counters* counters;
-  Failure* failure;
+template <class T> struct Parameter<T*> {
+  static int describe(char* text) { return sprintf(text, "p%zu ", sizeof(T)); }
 };
-
-// ---------------------------------------------------------------- state of a launch
-
-enum Order { OLDEST, NEWEST, RANDOM };   // which of the threads that can go on does
-enum State { READY, IN_WARP, IN_BLOCK, DONE };
-constexpr size_t STACK = 64 << 10;
-constexpr unsigned MOST_SHARED = 227 << 10;   // of the largest device
-constexpr size_t GUARD = 4096;             // the lowest bytes of a stack, which nobody may touch
-
-struct Copy { unsigned char* shared; const void* global; bool filled; };
-
-struct Lane {
-  State state = READY;
-  dim3 index;
-  const char* op = "";          // the collective or barrier it is in, or was in last
-  const void* where = nullptr;  // the return address of that
-  void* operands = nullptr;
-  std::vector<Copy> copies;     // in flight, oldest first
-  std::vector<size_t> groups;   // how many of them each committed group has
-  void* stack_pointer = nullptr;
-  ucontext_t context;
-};
-
-// The nth access of each lane of a warp at one place in the kernel, taken for one instruction of the warp.
-struct Row { uintptr_t address[32]; u32 present; };
-struct Traffic { unsigned bytes; bool shared; u64 dropped; u64 next[32]; std::deque<Row> rows; };
-
-struct Warp {
-  int arrived = 0;
-  const char* op = "";   // of those that have arrived
-  int epoch = 0;         // how many barriers of the warp there have been
-  std::unordered_map<const void*, Traffic> traffic;
-};
-
-constexpr int NOBODY = -1;
-enum Who { ONE, OF_A_WARP, ANYBODY };
-// Who wrote two bytes of shared memory last (ANYBODY: atomically), and who has read them since.
-struct Touch { int thread = NOBODY, warp_epoch = 0, block_epoch = 0; Who who = ONE; const void* where = nullptr; };
-struct Shadow { Touch write, read; int copying = NOBODY; };
-
-struct Machine {
-  const Launch& launch;
-  int num_threads, num_warps;
-  Lane* lanes;
-  std::vector<Warp> warps;
-  std::vector<int> ready;       // a ring of threads that can go on
-  size_t head = 0, num_ready = 0;
-  int current = 0, alive = 0, in_barrier = 0, block_epoch = 0;
-  dim3 block_index;
-  unsigned char *shared, *stacks;
-  std::vector<Shadow> shadow;
-  Counters counters{};
-  Lane host;
-  sigjmp_buf failed;
-  pthread_t owner = pthread_self();
-  bool inside = true;           // in the emulator, whose own loads and stores are not looked at
-  u64 random, ticks = 0;
-  timespec begun{};
-  void (*entry)(void*) = nullptr;
-  void* entry_argument = nullptr;
-
-  explicit Machine(const Launch& l);
-  ~Machine();
-};
-Machine* M = nullptr;
-std::mutex one_launch_at_a_time;
-
-[[noreturn]] EMU_FN void fail_at(const void* where, const void* other_where, const char* format, ...) {
-  Failure& failure = *M->launch.failure;
-  const uintptr_t base = reinterpret_cast<uintptr_t>(&fail_at);   // Python knows where this function lies in the file
-  failure.block[0] = M->block_index.x, failure.block[1] = M->block_index.y, failure.block[2] = M->block_index.z;
-  failure.thread = M->current;
-  failure.where = (uintptr_t)where - base;
-  failure.other_where = other_where ? (uintptr_t)other_where - base : 0;
-  va_list arguments;
-  va_start(arguments, format);
-  vsnprintf(failure.what, sizeof failure.what, format, arguments);
-  va_end(arguments);
-  siglongjmp(M->failed, 1);
-}
-
-EMU_FN void check_time(const void* where) {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  const double seconds = double(now.tv_sec - M->begun.tv_sec) + 1e-9 * double(now.tv_nsec - M->begun.tv_nsec);
-  if (M->launch.time_limit_s > 0 && seconds > M->launch.time_limit_s) fail_at(where, nullptr, "it runs longer than %g s", M->launch.time_limit_s);
-}
-
-// ---------------------------------------------------------------- fibers
-
-#if EMU_OWN_SWITCH
-// The registers that a called function must keep, and the stack pointer: the whole state of a fiber that has called this.
-__attribute__((naked, noinline, no_sanitize_thread)) static void swap_stacks(void**, void*) {
-  asm volatile(
-      "pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
-      "movq %rsp,(%rdi)\n movq %rsi,%rsp\n"
-      "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret");
-}
-#endif
-
-EMU_FN void switch_to(Lane& from, Lane& to) {
-  M->counters.switches++;
-#if EMU_OWN_SWITCH
-  swap_stacks(&from.stack_pointer, to.stack_pointer);
-#else
-  swapcontext(&from.context, &to.context);
-#endif
-}
-
-EMU_FN void make_ready(int thread) {
-  M->lanes[thread].state = READY;
-  M->ready[(M->head + M->num_ready++) % M->ready.size()] = thread;
-}
-
-EMU_FN int take_ready() {
-  auto at = [](size_t i) -> int& { return M->ready[(M->head + i) % M->ready.size()]; };
-  if (M->launch.order == RANDOM) {
-    M->random = M->random * 6364136223846793005ull + 1442695040888963407ull;
-    std::swap(at(0), at((M->random >> 33) % M->num_ready));
-  }
-  const int thread = M->launch.order == NEWEST ? at(M->num_ready - 1) : at(0);
-  if (M->launch.order != NEWEST) M->head = (M->head + 1) % M->ready.size();
-  M->num_ready--;
-  return thread;
-}
-
-// Leave the current thread, which waits, has ended or is in the ring itself, for another.
-EMU_FN void run_another() {
-  Lane& from = M->lanes[M->current];
-  if (!(++M->ticks & 0xffff)) check_time(from.where);
-  if (!M->num_ready) {
-    if (!M->alive) { switch_to(from, M->host); return; }
-    int waits = 0;
-    while (M->lanes[waits].state == DONE) waits++;
-    int other = NOBODY;   // one that waits for something else: the other side of the divergence
-    for (int i = 0; i < M->num_threads; i++)
-      if (M->lanes[i].state != DONE && M->lanes[i].where != M->lanes[waits].where) other = i;
-    M->current = waits;
-    if (other >= 0) fail_at(M->lanes[waits].where, M->lanes[other].where, "divergence: thread %d waits in %s, thread %d in %s", waits, M->lanes[waits].op, other, M->lanes[other].op);
-    fail_at(M->lanes[waits].where, nullptr, "divergence: thread %d waits in %s, %d threads have ended", waits, M->lanes[waits].op, M->num_threads - M->alive);
-  }
-  const int next = take_ready();
-  if (next == M->current) return;
-  M->current = next;
-  switch_to(from, M->lanes[next]);
-}
-
-EMU_FN void run_thread() {
-  M->inside = false;
-  M->entry(M->entry_argument);
-  M->inside = true;
-  Lane& lane = M->lanes[M->current];
-  lane.state = DONE;
-  M->alive--;
-  run_another();
-  abort();   // nobody goes on with a thread that has ended
-}
-
-EMU_FN void prepare_fiber(int thread) {
-  Lane& lane = M->lanes[thread];
-  unsigned char* stack = M->stacks + STACK * thread;
-#if EMU_OWN_SWITCH
-  void** top = reinterpret_cast<void**>(stack + STACK - 64);
-  *--top = nullptr;   // where run_thread would return to; also makes its stack aligned as after a call
-  *--top = reinterpret_cast<void*>(run_thread);
-  for (int i = 0; i < 6; i++) *--top = nullptr;
-  lane.stack_pointer = top;
-#else
-  getcontext(&lane.context);
-  lane.context.uc_stack.ss_sp = stack, lane.context.uc_stack.ss_size = STACK, lane.context.uc_link = nullptr;
-  makecontext(&lane.context, run_thread, 0);
-#endif
-}
-
-// What every function of the device layer that can wait or fail stands in.
-struct Inside {
-  __attribute__((no_sanitize_thread, noinline)) Inside(const char* op, const void* where) {
-    M->inside = true;
-    Lane& lane = M->lanes[M->current];
-    lane.op = op, lane.where = where;
-  }
-  __attribute__((no_sanitize_thread, noinline)) ~Inside() { M->inside = false; }
-};
-
-// ---------------------------------------------------------------- the checked build: who may touch what
-
-// Ordered before the current thread: by itself, by a barrier of the block, or of its warp since then.
-EMU_FN bool ordered(const Touch& touch) {
-  const int me = M->current;
-  if (touch.thread == NOBODY || touch.block_epoch != M->block_epoch) return true;
-  if (touch.thread == me && touch.who == ONE) return true;
-  return touch.thread / 32 == me / 32 && touch.who != ANYBODY && touch.warp_epoch != M->warps[me / 32].epoch;
-}
-
-EMU_FN void note_reader(Touch& read, const Touch& now) {
-  const bool first = read.thread == NOBODY || read.block_epoch != now.block_epoch;
-  if (first) read = now;
-  else if (read.thread / 32 != now.thread / 32) read.who = ANYBODY;
-  else if (read.who == ANYBODY) return;
-  else if (read.warp_epoch != now.warp_epoch) read = now;   // what comes after the newest comes after the older ones too
-  else if (read.thread != now.thread) read.who = OF_A_WARP;
-}
-
-EMU_FN void touch_shared(const void* where, size_t first, size_t bytes, bool writes) {
-  const char* verb = writes ? "writes" : "reads";
-  const Touch now{M->current, M->warps[M->current / 32].epoch, M->block_epoch, ONE, where};
-  if (writes && bytes == 1) fail_at(where, nullptr, "it writes a single byte of shared memory, which is watched in pairs");
-  for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
-    Shadow& s = M->shadow[i];
-    if (s.copying != NOBODY) fail_at(where, s.write.where, "race: it %s shared byte %zu while a cp.async of thread %d is in flight to it", verb, 2 * i, s.copying);
-    if (!ordered(s.write)) fail_at(where, s.write.where, "race: it %s shared byte %zu, which thread %d wrote without a barrier since", verb, 2 * i, s.write.thread);
-    if (!writes) {
-      note_reader(s.read, now);
-      continue;
-    }
-    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it writes shared byte %zu, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
-    s.write = now, s.read = Touch{};
-  }
-}
-
-// How often shared memory is accessed for `count` lanes: those whose words lie in one bank take turns, unless the word is the same.
-EMU_FN int wavefronts(const uintptr_t* addresses, int count, unsigned bytes) {
-  uintptr_t words[32];
-  int num_words = 0, of_bank[32] = {}, most = 0;
-  for (int i = 0; i < count; i++)
-    for (uintptr_t word = addresses[i] / 4; word <= (addresses[i] + bytes - 1) / 4; word++) {
-      if (std::find(words, words + num_words, word) != words + num_words) continue;
-      words[num_words++] = word;
-      most = std::max(most, ++of_bank[word % 32]);
-    }
-  return most;
-}
-
-EMU_FN void count_row(const Traffic& traffic, const Row& row) {
-  uintptr_t addresses[32], sectors[64];
-  int count = 0, num_sectors = 0;
-  for (int lane = 0; lane < 32; lane++)
-    if (row.present >> lane & 1) addresses[count++] = row.address[lane];
-  if (traffic.shared) {   // 128 bytes at a time
-    const int turn = std::max(1, (int)(128 / std::max(4u, traffic.bytes)));
-    for (int i = 0; i < count; i += turn) M->counters.shared_wavefronts += wavefronts(addresses + i, std::min(turn, count - i), traffic.bytes), M->counters.least_shared_wavefronts++;
-    return;
-  }
-  for (int i = 0; i < count; i++)
-    for (uintptr_t sector = addresses[i] / 32; sector <= (addresses[i] + traffic.bytes - 1) / 32; sector++)
-      if (num_sectors < 64 && std::find(sectors, sectors + num_sectors, sector) == sectors + num_sectors) sectors[num_sectors++] = sector;
-  M->counters.global_sectors += num_sectors;
-  std::sort(addresses, addresses + count);
-  const int distinct = int(std::unique(addresses, addresses + count) - addresses);   // lanes that read one address share it
-  M->counters.least_global_sectors += (distinct * traffic.bytes + 31) / 32;
-}
-
-EMU_FN void record(const void* where, uintptr_t address, unsigned bytes, bool shared) {
-  const int lane = M->current % 32;
-  Traffic& traffic = M->warps[M->current / 32].traffic[where];
-  traffic.bytes = bytes, traffic.shared = shared;
-  const u64 nth = traffic.next[lane]++ - traffic.dropped;
-  if (nth >= traffic.rows.size()) traffic.rows.resize(nth + 1, Row{});
-  traffic.rows[nth].address[lane] = address, traffic.rows[nth].present |= 1u << lane;
-  while (!traffic.rows.empty() && traffic.rows.front().present == ~0u) {
-    count_row(traffic, traffic.rows.front());
-    traffic.rows.pop_front(), traffic.dropped++;
-  }
-}
-
-extern "C" const char __ehdr_start[] __attribute__((visibility("hidden")));
-extern "C" const char _end[] __attribute__((visibility("hidden")));
-
-EMU_FN void touch(const void* where, const void* pointer, size_t bytes, bool writes) {
-  if (!(++M->ticks & 0xfffff)) check_time(where);
-  const uintptr_t address = (uintptr_t)pointer, shared = (uintptr_t)M->shared;
-  const char* verb = writes ? "write" : "read";
-  if (address - (uintptr_t)M->stacks < STACK * M->num_threads) return;
-  if ((bytes & (bytes - 1)) == 0 && address % std::min(bytes, size_t(16))) fail_at(where, nullptr, "misaligned %s of %zu bytes", verb, bytes);
-  const bool is_shared = address - shared < MOST_SHARED;
-  if (M->launch.record_traffic) record(where, address, (unsigned)bytes, is_shared);
-  if (is_shared) {
-    if (address + bytes > shared + M->launch.shared_bytes) fail_at(where, nullptr, "%s of %zu bytes past the %u bytes of shared memory", verb, bytes, M->launch.shared_bytes);
-    touch_shared(where, address - shared, bytes, writes);
-    return;
-  }
-  for (u64 i = 0; i < M->launch.num_extents; i++)
-    if (address >= M->launch.extents[i].begin && address + bytes <= M->launch.extents[i].end) return;
-  if (!writes && address >= (uintptr_t)__ehdr_start && address + bytes <= (uintptr_t)_end) return;   // a table of the kernel's own
-  fail_at(where, nullptr, "%s of %zu bytes that belong to none of its tensors", verb, bytes);
-}
-
-// Atomic operations need no order among themselves, but a barrier between them and everything else.
-EMU_FN void touch_atomically(const void* where, const void* pointer, size_t bytes) {
-  const uintptr_t first = (uintptr_t)pointer - (uintptr_t)M->shared;
-  if (first >= M->launch.shared_bytes) return touch(where, pointer, bytes, true);
-  for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
-    Shadow& s = M->shadow[i];
-    if (s.write.who != ANYBODY && !ordered(s.write)) fail_at(where, s.write.where, "race: it changes shared byte %zu atomically, which thread %d wrote without a barrier since", 2 * i, s.write.thread);
-    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it changes shared byte %zu atomically, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
-    s.write = {M->current, 0, M->block_epoch, ANYBODY, where}, s.read = Touch{};
-  }
-}
-
-EMU_FN void set_copying(const unsigned char* shared, int thread) {
-  for (int i = 0; i < 8; i++) M->shadow[(shared - M->shared) / 2 + i].copying = thread;
-}
-
-// ---------------------------------------------------------------- barriers and collectives
-
-// `work` runs once, given the 32 lanes, when all have come; `orders`: what a lane did before is seen by the others after.
-template <class Work> EMU_FN void collective(const char* op, void* operands, bool orders, Work work) {
-  const int me = M->current, first = me / 32 * 32;
-  Lane& lane = M->lanes[me];
-  Warp& warp = M->warps[me / 32];
-  if (warp.arrived && warp.op != op) {
-    int other = first;
-    while (M->lanes[other].state != IN_WARP) other++;
-    fail_at(lane.where, M->lanes[other].where, "divergence: thread %d is in %s while thread %d of its warp is in %s", me, op, other, warp.op);
-  }
-  warp.op = op, lane.operands = operands;
-  if (++warp.arrived < 32) {
-    lane.state = IN_WARP;
-    run_another();
-    return;
-  }
-  warp.arrived = 0;
-  if (orders) warp.epoch++;
-  work(&M->lanes[first]);
-  for (int i = 0; i < 32; i++) make_ready(first + i);
-  run_another();
-}
-
-EMU_FN void block_barrier() {
-  const int me = M->current;
-  M->counters.block_barriers++;
-  if (M->alive < M->num_threads) fail_at(M->lanes[me].where, nullptr, "divergence: %d threads have ended, thread %d is in sync_block", M->num_threads - M->alive, me);
-  M->lanes[me].state = IN_BLOCK;
-  if (++M->in_barrier == M->num_threads) {
-    M->in_barrier = 0;
-    M->block_epoch++;
-    for (int i = 0; i < M->num_threads; i++) make_ready(i);
-  }
-  run_another();
-}
-
-EMU_FN void finish_copy(const Lane& lane, const Copy& copy) {
-  if (EMU_CHECKED) {
-    set_copying(copy.shared, NOBODY);
-    touch_shared(lane.where, copy.shared - M->shared, 16, true);
-  }
-  if (copy.filled) memcpy(copy.shared, copy.global, 16);
-  else memset(copy.shared, 0, 16);
-}
-
-EMU_FN unsigned char* shared_memory() { return M->shared; }
-EMU_FN dim3 thread_index() { return M->lanes[M->current].index; }
-EMU_FN dim3 block_index() { return M->block_index; }
-EMU_FN dim3 block_size() { return {M->launch.block[0], M->launch.block[1], M->launch.block[2]}; }
-EMU_FN dim3 grid_size() { return {M->launch.grid[0], M->launch.grid[1], M->launch.grid[2]}; }
-
-}  // namespace
-}  // namespace emu
-
-// ---------------------------------------------------------------- launching
-
-namespace emu {
-namespace {
-EMU_FN void on_signal(int number, siginfo_t* info, void* context) {
-  if (!M || !pthread_equal(M->owner, pthread_self())) {
-    signal(number, SIG_DFL);   // not ours: when the instruction is tried again, the process ends as it would have without us
-    return;
-  }
-#if defined(__x86_64__)
-  const void* where = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP] + 1);
-#elif defined(__aarch64__)
-  const void* where = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.pc + 1);
-#else
-  const void* where = M->lanes[M->current].where;
-#endif
-  const uintptr_t address = (uintptr_t)info->si_addr, stacks = (uintptr_t)M->stacks;
-  if (number == SIGFPE) fail_at(where, nullptr, "division by zero");
-  fail_at(where, nullptr, address - stacks < STACK * M->num_threads ? "its stack overflows" : "it touches memory that is not mapped (signal %d)", number);
-}
-
-// While a launch runs, a wild pointer is a failure of the launch.
-struct Signals {
-  static constexpr int NUMBERS[4] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-  struct sigaction before[4];
-  stack_t stack_before;
-  std::vector<char> stack;
-  Signals() : stack(64 << 10) {
-    stack_t own{};
-    own.ss_sp = stack.data(), own.ss_size = stack.size();
-    sigaltstack(&own, &stack_before);
-    struct sigaction action{};
-    action.sa_sigaction = on_signal;
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    for (int i = 0; i < 4; i++) sigaction(NUMBERS[i], &action, &before[i]);
-  }
-  ~Signals() {
-    for (int i = 0; i < 4; i++) sigaction(NUMBERS[i], &before[i], nullptr);
-    sigaltstack(&stack_before, nullptr);
-  }
-};
-
-// Kept for the next launch.
-EMU_FN unsigned char* stacks_for(int count) {
-  static unsigned char* stacks = nullptr;
-  static int num_stacks = 0;
-  if (count <= num_stacks) return stacks;
-  if (num_stacks) munmap(stacks, STACK * num_stacks);
-  void* const fresh = mmap(nullptr, STACK * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (fresh == MAP_FAILED) abort();
-  stacks = static_cast<unsigned char*>(fresh), num_stacks = count;
-  for (int i = 0; i < count; i++) mprotect(stacks + STACK * i, GUARD, PROT_NONE);
-  return stacks;
-}
-
-inline Machine::Machine(const Launch& l) : launch(l), num_threads(int(l.block[0] * l.block[1] * l.block[2])), num_warps(num_threads / 32) {
-  lanes = new Lane[num_threads], warps.resize(num_warps), ready.resize(num_threads);
-  shared = static_cast<unsigned char*>(aligned_alloc(1024, 228 << 10));
-  stacks = stacks_for(num_threads);
-  shadow.resize(EMU_CHECKED ? MOST_SHARED / 2 + 8 : 0);
-  random = l.seed * 2 + 1;
-  clock_gettime(CLOCK_MONOTONIC, &begun);
-}
-inline Machine::~Machine() { delete[] lanes, free(shared); }
-
-EMU_FN void run_block(Machine& m, u64 number) {
-  const unsigned *grid = m.launch.grid, *block = m.launch.block;
-  m.block_index = {unsigned(number % grid[0]), unsigned(number / grid[0] % grid[1]), unsigned(number / grid[0] / grid[1])};
-  m.alive = m.num_threads, m.in_barrier = 0, m.head = m.num_ready = 0, m.inside = true;
-  memset(m.shared, 0xff, m.launch.shared_bytes);
-  std::fill(m.shadow.begin(), m.shadow.begin() + (EMU_CHECKED ? m.launch.shared_bytes / 2 + 1 : 0), Shadow{});
-  std::fill(m.warps.begin(), m.warps.end(), Warp{});
-  for (int i = 0; i < m.num_threads; i++) {
-    Lane& lane = m.lanes[i];
-    lane.index = {i % block[0], i / block[0] % block[1], i / block[0] / block[1]};
-    lane.op = "", lane.where = nullptr;
-    lane.copies.clear(), lane.groups.clear();
-    prepare_fiber(i);
-    make_ready(i);
-  }
-  m.current = take_ready();
-  switch_to(m.host, m.lanes[m.current]);
-  for (int i = 0; i < m.num_threads; i++) {
-    m.current = i;
-    for (auto& [where, traffic] : m.warps[i / 32].traffic) {   // instructions of which some lanes had no part
-      for (const Row& row : traffic.rows) count_row(traffic, row);
-      traffic.rows.clear();
-    }
-    if (!m.lanes[i].copies.empty()) fail_at(m.lanes[i].where, nullptr, "it ends while %zu of its cp.async are in flight", m.lanes[i].copies.size());
-  }
-}
-
-// Blocks in an order that the schedule chooses too: by a step that has no divisor in common with their number.
-EMU_FN void run_blocks(Machine& m) {
-  const u64 count = (u64)m.launch.grid[0] * m.launch.grid[1] * m.launch.grid[2];
-  for (u64 i = 0; i < count; i++) run_block(m, m.launch.order == OLDEST ? i : count - 1 - i);
-}
-
-template <class... A, size_t... I> EMU_FN void call(void (*kernel)(A...), void** arguments, std::index_sequence<I...>) {
-  kernel(*static_cast<std::remove_reference_t<A>*>(arguments[I])...);
-}
-
-template <class... A> EMU_FN int launch(void (*kernel)(A...), const Launch* what, void** arguments) {
-  std::lock_guard<std::mutex> alone(one_launch_at_a_time);
-  Machine machine(*what);
-  struct Entry { void (*kernel)(A...); void** arguments; } entry{kernel, arguments};
-  machine.entry = [](void* e) __attribute__((no_sanitize_thread)) {
-    call(static_cast<Entry*>(e)->kernel, static_cast<Entry*>(e)->arguments, std::make_index_sequence<sizeof...(A)>{});
-  };
-  machine.entry_argument = &entry;
-  Signals signals;
-  M = &machine;
-  const int failed = sigsetjmp(machine.failed, 1);
-  if (!failed) run_blocks(machine);
-  M = nullptr;
-  *what->counters = machine.counters;
-  return failed;
-}
-
-// How Python knows what a kernel takes: p<bytes> is a pointer to things of that size, l an integer, d a real number.
-template <class T> void describe(char*& text) {
-  if constexpr (std::is_pointer_v<T>) text += sprintf(text, "p%zu ", sizeof(std::remove_pointer_t<T>));
-  else if constexpr (std::is_same_v<T, i64>) text += sprintf(text, "l ");
-  else {
-    static_assert(std::is_same_v<T, double>, "a scalar parameter of a kernel is long long or double");
-    text += sprintf(text, "d ");
-  }
-}
 template <class... A> const char* signature(void (*)(A...)) {
   static char text[8 * sizeof...(A) + 1];
   char* end = text;
-  (describe<A>(end), ...);
+  ((end += Parameter<A>::describe(end)), ...);
   return text;
 }
-}  // namespace
 }  // namespace emu
 
 #define EMU_VISIBLE extern "C" __attribute__((visibility("default"), no_sanitize_thread))
 #define SKV_EXPORT(name) \
-  EMU_VISIBLE int emu_##name(const emu::Launch* what, void** arguments) { return emu::launch(name, what, arguments); } \
+  static void emu_enter_##name(void* arguments) { emu::call(name, static_cast<void**>(arguments)); } \
+  EMU_VISIBLE int emu_##name(const emu::Launch* what, void** arguments) { return emu::launch(what, emu_enter_##name, arguments); } \
   EMU_VISIBLE const char* emu_signature_##name() { return emu::signature(name); }
-EMU_VISIBLE u64 emu_base() { return reinterpret_cast<uintptr_t>(&emu::fail_at) - reinterpret_cast<uintptr_t>(emu::__ehdr_start); }
 
-// ---------------------------------------------------------------- hooks of the checked build
+// ---------------------------------------------------------------- the device layer
 
-#if EMU_CHECKED
-#define EMU_HOOK extern "C" __attribute__((no_sanitize_thread, noinline, visibility("hidden"))) void
-#define EMU_TOUCH(bytes, writes) { if (emu::M && !emu::M->inside) { emu::M->inside = true; emu::touch(EMU_CALLER, pointer, bytes, writes); emu::M->inside = false; } }
-#define EMU_HOOKS(n) \
-  EMU_HOOK __tsan_read##n(void* pointer) EMU_TOUCH(n, false) \
-  EMU_HOOK __tsan_write##n(void* pointer) EMU_TOUCH(n, true) \
-  EMU_HOOK __tsan_unaligned_read##n(void* pointer) EMU_TOUCH(n, false) \
-  EMU_HOOK __tsan_unaligned_write##n(void* pointer) EMU_TOUCH(n, true)
-EMU_HOOKS(1) EMU_HOOKS(2) EMU_HOOKS(4) EMU_HOOKS(8) EMU_HOOKS(16)
-EMU_HOOK __tsan_read_range(void* pointer, unsigned long bytes) EMU_TOUCH(bytes, false)
-EMU_HOOK __tsan_write_range(void* pointer, unsigned long bytes) EMU_TOUCH(bytes, true)
-EMU_HOOK __tsan_init() {}
-EMU_HOOK __tsan_func_entry(void*) {}
-EMU_HOOK __tsan_func_exit() {}
-EMU_HOOK __tsan_vptr_update(void**, void*) {}
-EMU_HOOK __tsan_vptr_read(void**) {}
-#endif
+SKV_DEV int min(int a, int b) { return a < b ? a : b; }
+SKV_DEV int max(int a, int b) { return a > b ? a : b; }
+SKV_DEV i64 min(i64 a, i64 b) { return a < b ? a : b; }
+SKV_DEV i64 max(i64 a, i64 b) { return a > b ? a : b; }
+SKV_DEV int opaque(int x) { return x; }
+EMU_INLINE u32 bits_of(float x) { u32 bits; memcpy(&bits, &x, 4); return bits; }
+EMU_INLINE float float_of(u32 bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+EMU_INLINE void sync_block() { emu::sync_block(); }
+EMU_INLINE void sync_warp() { emu::sync_warp(); }
+template <class T> EMU_INLINE T shfl_xor(T value, int mask) {
+  emu::shuffle("shfl_xor", &value, sizeof value, (emu::lane_index() ^ mask) & 31);
+  return value;
+}
+template <class T> EMU_INLINE T shfl(T value, int lane) {
+  emu::shuffle("shfl", &value, sizeof value, lane & 31);
+  return value;
+}
+
+template <class T> EMU_INLINE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  static_assert(same<T, bf16> || same<T, f16>, "the multiplicands are bf16 or f16");
+  emu::mma(same<T, bf16>, d, a, b0, b1);
+}
+EMU_INLINE void ldmatrix_x4(u32 (&r)[4], const void* row) { emu::ldmatrix("ldmatrix_x4", r, row, false); }
+EMU_INLINE void ldmatrix_x4_trans(u32 (&r)[4], const void* row) { emu::ldmatrix("ldmatrix_x4_trans", r, row, true); }
+EMU_INLINE void cp_async16(void* shared, const void* global, bool pred) { emu::copy(shared, global, pred); }
+EMU_INLINE void cp_async_commit() { emu::commit_copies(); }
+template <int N> EMU_INLINE void cp_async_wait() { emu::wait_for_copies(N); }
+
+EMU_INLINE u32x4 load16(const void* pointer) {
+  u32x4 value;
+  emu::load16(&value, pointer);
+  return value;
+}
+EMU_INLINE void store16(void* pointer, u32x4 value) { emu::store16(pointer, &value); }
+EMU_INLINE void atomic_add(u64* pointer, u64 value) { emu::atomic_add(pointer, value); }
+
+SKV_DEV float add_rn(float a, float b) { return a + b; }
+SKV_DEV float mul_rn(float a, float b) { return a * b; }
+SKV_DEV float div_rn(float a, float b) { return a / b; }
+SKV_DEV float fma_rn(float a, float b, float c) { return fmaf(a, b, c); }
+SKV_DEV float ex2(float x) { emu::count_exponential(); return exp2f(x); }
+SKV_DEV float lg2(float x) { return log2f(x); }
+SKV_DEV float rsqrt(float x) { return 1.f / sqrtf(x); }
+
+SKV_DEV float to_f32(bf16 x) { return float_of((u32)x.bits << 16); }
+SKV_DEV float to_f32(f16 x) { return emu::f16_value(x.bits); }
+SKV_DEV u16 bf16_bits(float x) {
+  const u32 bits = bits_of(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return (u16)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+SKV_DEV u16 f16_bits(float x) {
+  const u32 bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fff;
+  if (magnitude >= 0x477ff000u) return (u16)(sign | 0x7c00u);   // 65520 and more
+  if (magnitude < 0x38800000u) return (u16)(sign | (u32)nearbyintf(ldexpf(float_of(magnitude), 24)));   // below 2^-14
+  return (u16)(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+}
+SKV_DEV int round_to_int(float x) { return x != x ? 0 : (int)nearbyintf(x); }
+template <class T> SKV_DEV u32 pack(float lo, float hi) {
+  if constexpr (same<T, bf16>) return (u32)bf16_bits(lo) | (u32)bf16_bits(hi) << 16;
+  else return (u32)f16_bits(lo) | (u32)f16_bits(hi) << 16;
+}
+SKV_DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
+  const u64 bytes = (u64)b << 32 | a;
+  u32 result = 0;
+  for (int i = 0; i < 4; i++) result |= (u32)(bytes >> 8 * (pick >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+SKV_DEV u32 f16x2_mul(u32 a, u32 b) { return pack<f16>(to_f32(f16{(u16)a}) * to_f32(f16{(u16)b}), to_f32(f16{(u16)(a >> 16)}) * to_f32(f16{(u16)(b >> 16)})); }
+SKV_DEV u32 f16x2_sub(u32 a, u32 b) { return pack<f16>(to_f32(f16{(u16)a}) - to_f32(f16{(u16)b}), to_f32(f16{(u16)(a >> 16)}) - to_f32(f16{(u16)(b >> 16)})); }

@@ -260,10 +260,9 @@ def test_only_the_device_layer_knows_ptx_and_nothing_needs_a_header() -> None:
 
 
 def test_the_portable_switch_of_fibers_does_the_same(fast: EmulatedDevice) -> None:
-    device = replace(fast, _libraries={})
-    variant = Variant("sins", (("EMU_UCONTEXT", 1),))
+    device = replace(fast, machine_defines=("EMU_UCONTEXT",), _libraries={})
     x, index = torch.arange(64, dtype=torch.float32), torch.zeros(64, dtype=torch.int32)
-    device.kernel(variant, "ordered", SHARED).launch((1, 1, 1), (64, 1, 1), x, index, 1)
+    device.kernel(SINS, "ordered", SHARED).launch((1, 1, 1), (64, 1, 1), x, index, 1)
     assert torch.equal(x, commit(fast, "ordered"))
     with pytest.raises(EmulatorError, match="divergence"):
-        device.kernel(variant, "divergent_barrier", SHARED).launch((1, 1, 1), (64, 1, 1), x, index, 1)
+        device.kernel(SINS, "divergent_barrier", SHARED).launch((1, 1, 1), (64, 1, 1), x, index, 1)
