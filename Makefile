@@ -7,7 +7,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 
-.PHONY: help install serve chat test smoke lint format bench mutants kernels-planted contract-cuda cpu-sanitize compose-check clean
+.PHONY: help install serve chat test smoke lint format bench mutants kernels-planted contract-cuda cpu-sanitize gpu-check compose-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -55,6 +55,9 @@ cpu-sanitize: install  ## the cpu backend's tests over kernels that g++ checks f
 bench: install  ## the short benchmarks; docs/benchmarks.md lists all
 	@$(BIN)/python -m benchmarks.core
 	@$(BIN)/python -m benchmarks.server
+
+gpu-check: install  ## everything that only a GPU can tell, within 9 minutes (docs/gpu/README.md)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 compose-check: install  ## build and try the containers for real, with docker or podman (docs/deploy.md)
 	@$(BIN)/python -m tests.containers.check $(ARGS)

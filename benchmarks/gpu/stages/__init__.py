@@ -1,0 +1,22 @@
+"""All stages, in the order of their worth: should the time be short, the last ones are missing."""
+
+from __future__ import annotations
+
+from benchmarks.gpu.stage import Stage
+from benchmarks.gpu.stages.attention import cascade, decode, layouts, prefill
+from benchmarks.gpu.stages.ceilings import ceilings
+from benchmarks.gpu.stages.correctness import correctness
+from benchmarks.gpu.stages.environment import compile_and_load, environment
+
+__all__ = ["STAGES"]
+
+STAGES = (
+    Stage("environment", 10, environment),
+    Stage("compile and load", 60, compile_and_load),
+    Stage("ceilings", 20, ceilings),
+    Stage("correctness", 70, correctness),
+    Stage("decode", 100, decode),
+    Stage("prefill", 50, prefill),
+    Stage("cascade", 15, cascade),
+    Stage("layouts", 25, layouts),
+)
