@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from streamkv.attention import LayerSpec
 from streamkv.errors import ConfigError, ModelLoadError
 from streamkv.fused import FusedOps, Quantization
+from streamkv.runner.angle_table import tabulate_angles
 from streamkv.runner.architecture import attention_implementation, check_architecture, max_positions, pin_rope, probe_layers
 from streamkv.runner.folder import ModelFolder, check_folder
 from streamkv.runner.hook import register
@@ -115,6 +116,7 @@ def load_model(
     if quantization is not None and fused is None:
         raise ConfigError(f"quantization {quantization} needs the cpu backend and --dtype bfloat16", param="quantization")
     rewritten = _rewrite(module, weights, fused, quantization)  # last: it takes the plain weights away
+    rewritten["angles"] = tabulate_angles(module, max_model_len or max_positions(config), torch_dtype)
     model = LoadedModel(
         module=module,
         layers=layers,

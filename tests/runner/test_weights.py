@@ -148,4 +148,4 @@ def test_peak_memory_is_that_of_the_weights_and_not_twice(tmp_path: Path, case: 
     figures = measure(build(tmp_path, QUICK[case]), QUICK[case], "engine")
     assert figures.weights > 70_000_000
     # The bound of 1.3 times the weights and 400 MB allows for libraries, whose part differs by build. This is loading's own part.
-    assert figures.peak - figures.base <= 1.3 * figures.weights + 30_000_000
+    assert figures.peak - figures.base <= 1.3 * figures.weights + 40_000_000
