@@ -43,9 +43,8 @@ def main(arguments: list[str]) -> int:
     machine = Machine.named(options.device, tiny=options.tiny)
     results.setting = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "device": machine.kernels.name}
     results.setting |= setting("torch", "cupy-cuda13x", "cuda-core", "nvidia-cuda-nvrtc", "triton", "flashinfer-python")
-    faulthandler.dump_traceback_later(
-        60 * options.minutes + 30, exit=True, file=sys.__stderr__
-    )  # a kernel that never ends must not take the results
+    # A kernel that never ends must not take the machine's time; the results are written by then.
+    faulthandler.dump_traceback_later(60 * options.minutes + 30, exit=True, file=sys.__stderr__ or sys.stderr)
     stages = [stage for stage in STAGES if not options.only or stage.name in options.only]
     try:
         with torch.inference_mode():

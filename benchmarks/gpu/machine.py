@@ -91,6 +91,11 @@ class Machine:
             spent.append(perf_counter() - begun)
         return median(spent)
 
+    def recorded(self, call: Call) -> Call:
+        """A CUDA graph of a call, which has been made once before; without a GPU the call itself."""
+        call()
+        return _graph_of([call]) if self.timed else call
+
     def share(self, rate: float | None, ceiling: str) -> float | None:
         """A rate as a share of a ceiling, if both are known."""
         return None if rate is None or ceiling not in self.ceilings else rate / self.ceilings[ceiling]

@@ -7,6 +7,8 @@ from benchmarks.gpu.stages.attention import cascade, decode, layouts, prefill
 from benchmarks.gpu.stages.ceilings import ceilings
 from benchmarks.gpu.stages.correctness import correctness
 from benchmarks.gpu.stages.environment import compile_and_load, environment
+from benchmarks.gpu.stages.launches import graphs, launch_cost
+from benchmarks.gpu.stages.small import rows, sampling, swap
 
 __all__ = ["STAGES"]
 
@@ -15,8 +17,13 @@ STAGES = (
     Stage("compile and load", 60, compile_and_load),
     Stage("ceilings", 20, ceilings),
     Stage("correctness", 70, correctness),
-    Stage("decode", 100, decode),
-    Stage("prefill", 50, prefill),
+    Stage("graphs", 10, graphs),
+    Stage("decode", 90, decode),
+    Stage("prefill", 45, prefill),
+    Stage("launch cost", 10, launch_cost),
     Stage("cascade", 15, cascade),
     Stage("layouts", 25, layouts),
+    Stage("rows", 20, rows),
+    Stage("sampling", 20, sampling),
+    Stage("swap", 10, swap),
 )
