@@ -9,7 +9,8 @@
 constexpr int WARPS = 32;
 
 // Of each row the first of its largest logits, and whether all are finite.
-SKV_KERNEL(most_probable)(const LOGIT* logits, i64 stride, i64 vocab_size, i64* tokens, unsigned char* finite) {
+SKV_BOUNDED_KERNEL(most_probable, 1024, 1)(
+    const LOGIT* logits, i64 stride, i64 vocab_size, i64* tokens, unsigned char* finite) {
   SKV_SHARED(memory);
   u64* scratch = reinterpret_cast<u64*>(memory);
   u64 best = 0, bad = 0;
@@ -35,13 +36,14 @@ template <class F> SKV_DEV void each_listed(const i64* start, const int* ids, i6
 // changed = logits after penalties, bias and masks, in this order, float32. Penalties as streamkv.runner.sampling_history
 // defines them, bit by bit: seen tokens are divided (at least 0) or multiplied (negative) by `repetition`, then less `presence`
 // if the output has them, less `frequency` times how often. In no list is a token twice, but in `banned` it may be.
-SKV_KERNEL(change_logits)(const LOGIT* logits, i64 stride, i64 vocab_size, float* changed, i64 changed_stride,
-                          const float* penalties,                                          // [rows, 3]
-                          const i64* seen_start, const int* seen_ids, const int* seen_counts,  // null, or [rows + 1] and lists
-                          const i64* bias_start, const int* bias_ids, const float* bias,
-                          const i64* banned_start, const int* banned_ids,
-                          const u32* allowed, i64 allowed_stride,  // null, or [rows, words]: bit t % 32 of word t / 32
-                          i64* best, unsigned char* finite) {      // [rows], of `logits`, as most_probable
+SKV_BOUNDED_KERNEL(change_logits, 1024, 1)(
+    const LOGIT* logits, i64 stride, i64 vocab_size, float* changed, i64 changed_stride,
+    const float* penalties,                                              // [rows, 3]
+    const i64* seen_start, const int* seen_ids, const int* seen_counts,  // null, or [rows + 1] and lists
+    const i64* bias_start, const int* bias_ids, const float* bias,
+    const i64* banned_start, const int* banned_ids,
+    const u32* allowed, i64 allowed_stride,                              // null, or [rows, words]: bit t % 32 of word t / 32
+    i64* best, unsigned char* finite) {                                  // [rows], of `logits`, as most_probable
   SKV_SHARED(memory);
   u64* scratch = reinterpret_cast<u64*>(memory);
   const i64 row = blockIdx.x;
@@ -76,7 +78,8 @@ SKV_KERNEL(change_logits)(const LOGIT* logits, i64 stride, i64 vocab_size, float
 }
 
 // Of one token a row its log-probability, and its rank: 1 + how many logits are larger. A row with NaN or +Inf gives NaN.
-SKV_KERNEL(token_logprobs)(const LOGIT* logits, i64 stride, i64 vocab_size, const i64* tokens, float* logprobs, i64* ranks) {
+SKV_BOUNDED_KERNEL(token_logprobs, 1024, 1)(
+    const LOGIT* logits, i64 stride, i64 vocab_size, const i64* tokens, float* logprobs, i64* ranks) {
   SKV_SHARED(memory);
   u64* scratch = reinterpret_cast<u64*>(memory);
   logits += blockIdx.x * stride;

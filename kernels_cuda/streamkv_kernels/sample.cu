@@ -158,13 +158,14 @@ template <class F> SKV_DEV int pick(Row row, Shared& shared, u32 word, F weight)
   return (int)shared.found[0];
 }
 
-SKV_KERNEL(sample)(const LOGIT* logits, i64 stride, i64 vocab_size,       // [rows, vocab_size], `stride` numbers between rows
-                   const float* temperature,                              // [rows]; 0 = the most probable token
-                   const i64* top_k, const double* top_p,                 // [rows]; 0 and 1 = all
-                   const double* log_min_p,                               // [rows]; -inf = all
-                   const i64* seed, const i64* branch, const i64* position,  // [rows]
-                   const i64* fallback,                                   // [rows] or null: tokens for rows of -inf
-                   i64* tokens) {                                         // [rows]
+SKV_BOUNDED_KERNEL(sample, 1024, 1)(
+    const LOGIT* logits, i64 stride, i64 vocab_size,          // [rows, vocab_size], `stride` numbers between rows
+    const float* temperature,                                 // [rows]; 0 = the most probable token
+    const i64* top_k, const double* top_p,                    // [rows]; 0 and 1 = all
+    const double* log_min_p,                                  // [rows]; -inf = all
+    const i64* seed, const i64* branch, const i64* position,  // [rows]
+    const i64* fallback,                                      // [rows] or null: tokens for rows of -inf
+    i64* tokens) {                                            // [rows]
   SKV_SHARED(memory);
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const i64 r = blockIdx.x;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from streamkv.runner.philox import uniform
-from streamkv_kernels.device import Variant
+from streamkv_kernels.device import SOURCES, Variant
 from streamkv_kernels.emulated import EmulatedDevice
 from streamkv_kernels.sampling import Changes, Parameters, SamplingKernels
 from tests.runner.sampling_oracle import Row, positions
@@ -78,9 +79,13 @@ def sample_by_kernels(device: EmulatedDevice, rows: Sequence[Row], logits: torch
 
 def weights_of(device: EmulatedDevice, below: torch.Tensor) -> torch.Tensor:
     """exp(x) of float32 numbers that are not positive, in units of 2^-44: `weight_of` in logits.cuh; int64."""
-    here = replace(device, sources=Path(__file__).parent)
+    source = Path(__file__).parent / "weights.cu"
+    if device.sources == SOURCES:
+        device = replace(device, sources=source.parent)
+    else:
+        shutil.copy(source, device.sources)  # a folder with headers in which a bug is planted
     out = torch.empty(below.shape, dtype=torch.int64)
-    here.kernel(Variant("weights"), "weights").launch((1, 1, 1), (32, 1, 1), below.contiguous(), below.numel(), out)
+    device.kernel(Variant("weights"), "weights").launch((1, 1, 1), (32, 1, 1), below.contiguous(), below.numel(), out)
     return out
 
 

@@ -131,6 +131,24 @@ def test_the_first_kept_token_shows_the_cut(plain: EmulatedDevice, data: st.Data
     assert draws(plain, [row], logits) == [first]
 
 
+def cuts_show(device: EmulatedDevice) -> None:
+    """The same for some cuts, each with its neighbours."""
+    logits = torch.arange(150)[None] * 0.02
+    for asked in (
+        *({"top_k": k} for k in (1, 7, 8, 149)),
+        *({"top_p": p} for p in (0.1, 0.5, 0.9, 0.999)),
+        *({"min_p": p} for p in (0.1, 0.5, 1.0)),
+        {"top_k": 50, "top_p": 0.5},
+        {"top_k": 50, "top_p": 0.9, "min_p": 0.7},
+    ):
+        row = Row(sampling(seed=SMALL, **asked), [0], 1)
+        assert draws(device, [row], logits) == [exact_token(device, row, logits[0])], asked
+
+
+def test_cuts_show(plain: EmulatedDevice) -> None:
+    cuts_show(plain)
+
+
 def _small_seed() -> int:
     seeds = torch.arange(40_000)
     return int(uniform(seeds, torch.zeros_like(seeds), torch.ones_like(seeds)).argmin())

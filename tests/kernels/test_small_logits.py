@@ -18,6 +18,7 @@ from tests.kernels.sampling_oracle import changes_of
 from tests.kernels.small import NAN, in_every_schedule, same_bits
 from tests.runner.sampling_oracle import Row, positions, random_logits, rows_of, sampling, tables
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 64, 65, 1001, 5000)
 
 
@@ -37,7 +38,7 @@ def takes_the_first_of_the_largest(device: EmulatedDevice, dtype: torch.dtype) -
         assert finite.all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_first_of_the_largest_logits(plain: EmulatedDevice, dtype: torch.dtype) -> None:
     takes_the_first_of_the_largest(plain, dtype)
 
@@ -56,7 +57,7 @@ def finds_faults(device: EmulatedDevice, dtype: torch.dtype) -> None:
             assert 0 <= tokens[1] < 301
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_any_fault_anywhere_is_found(plain: EmulatedDevice, dtype: torch.dtype) -> None:
     finds_faults(plain, dtype)
 
@@ -87,9 +88,7 @@ def changes_like_the_runner(device: EmulatedDevice, rows: list[Row], logits: tor
 def test_logits_change_as_the_runner_changes_them(plain: EmulatedDevice, data: st.DataObject) -> None:
     vocab_size = data.draw(st.sampled_from([1, 3, 31, 32, 33, 64, 700]))
     rows = data.draw(st.lists(rows_of(vocab_size), min_size=1, max_size=5))
-    logits = random_logits(data.draw(st.integers(0, 2**31)), len(rows), vocab_size).to(
-        data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
-    )
+    logits = random_logits(data.draw(st.integers(0, 2**31)), len(rows), vocab_size).to(data.draw(st.sampled_from(DTYPES)))
     changed = changes_like_the_runner(plain, rows, logits)
     for device in in_every_schedule(plain)[1:]:
         assert same_bits(changes_like_the_runner(device, rows, logits).logits, changed.logits)
@@ -109,13 +108,13 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip  # a case a line
 
 
-def changes_each(device: EmulatedDevice, case: str) -> None:
+def changes_each(device: EmulatedDevice, case: str, dtype: torch.dtype = torch.float32) -> None:
     row = Row(sampling(**CASES[case]), [3, 44, 3, 9, 699, 0, 3, 5, 5, 6, 7], 3)
     plain_row = Row(sampling(), [1], 1)
-    logits = random_logits(11, 3, 700, 2.0)
+    logits = random_logits(11, 3, 700, 2.0).to(dtype)
     changed = changes_like_the_runner(device, [plain_row, row, plain_row], logits)
-    assert not torch.equal(changed.logits[1], logits[1])
-    assert torch.equal(changed.logits[::2], logits[::2])
+    assert not torch.equal(changed.logits[1], logits[1].float())
+    assert torch.equal(changed.logits[::2], logits[::2].float())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -147,7 +146,7 @@ def tells_logprobs(device: EmulatedDevice, dtype: torch.dtype, spread: float) ->
         assert ranks.tolist() == [one.rank for one in position_logprobs(logits, tokens, 0)]
 
 
-@pytest.mark.parametrize(("dtype", "spread"), [(torch.float32, 3.0), (torch.bfloat16, 1.0), (torch.float32, 8.0)])
+@pytest.mark.parametrize(("dtype", "spread"), [(torch.float32, 3.0), (torch.bfloat16, 1.0), (torch.float16, 8.0)])
 def test_log_probabilities(plain: EmulatedDevice, dtype: torch.dtype, spread: float) -> None:
     tells_logprobs(plain, dtype, spread)
 
@@ -165,10 +164,10 @@ def test_log_probabilities_of_faults(plain: EmulatedDevice) -> None:
 def logits_obey(device: EmulatedDevice) -> None:
     """One of each, for the checked build."""
     logits = random_logits(1, 2, 301).bfloat16()
-    changes_each(device, "bad words, some allowed")
+    changes_each(device, "bad words, some allowed", torch.bfloat16)
     kernels = SamplingKernels(device, threads=64)
     kernels.most_probable(logits)
-    kernels.token_logprobs(logits.float(), torch.tensor([0, 300]))
+    kernels.token_logprobs(logits, torch.tensor([0, 300]))
 
 
 def test_the_checked_build_finds_nothing(checked: EmulatedDevice) -> None:
