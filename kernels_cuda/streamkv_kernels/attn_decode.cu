@@ -68,7 +68,8 @@ SKV_DEV Piece first_piece(const Share& share, const int* sequences, int group) {
 
 SKV_DEV Share without(const Share& share, const Piece& piece, int num_kv_heads) {
   const bool last_job = share.job + 1 == piece.of.row_tiles * num_kv_heads;
-  return {share.sequence + last_job, last_job ? 0 : share.job + 1, 0, share.tiles - (piece.past - piece.first), share.state + !piece.whole};
+  const int job = last_job ? 0 : share.job + 1, tiles = share.tiles - (piece.past - piece.first);
+  return {share.sequence + last_job, job, 0, tiles, share.state + !piece.whole, {}};
 }
 
 SKV_DEV Visible visible_rows(const Piece& piece, int group, int window) {

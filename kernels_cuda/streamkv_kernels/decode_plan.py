@@ -6,8 +6,8 @@
     piece   the part of a job that lies in a share; of a job in several pieces each leaves a state, attn_merge.cu joins them
 
 The line is cut into as many equal shares as there are blocks (stream-K). A piece costs a start of its own and a state, so cuts
-move by less than MIN_PIECE to where no piece is shorter than that, unless its job is. Nothing but lengths decides: equal inputs give
-equal bits. Everything is a handful of operations on whole arrays, O(sequences + blocks).
+move by less than MIN_PIECE to where no piece is shorter than that, unless its job is. Nothing but lengths decides: equal inputs
+give equal bits. Everything is a handful of operations on whole arrays, O(sequences + blocks).
 """
 
 from __future__ import annotations
@@ -90,10 +90,15 @@ def plan_decode(
     first_partial = filled & ((tile > 0) | (job_start + size > end))
     last_partial = filled & (last_start > job_start) & (last_start + last_size > end)
     states = first_partial.astype(np.int64) + last_partial
-    rows = np.stack([owner, job, tile, end - begin, np.cumsum(states) - states], axis=1)
-    shares[:used, :5] = np.where(filled[:, None], rows, 0)
-    partial_starts = np.stack([job_start, last_start], axis=1)[np.stack([first_partial, last_partial], axis=1)]
-    return DecodePlan(sequences, shares, _merges(sequences, starts, tiles, partial_starts, group), len(partial_starts))
+    for number, column in enumerate((owner, job, tile, end - begin, np.cumsum(states) - states)):
+        shares[:used, number] = column * filled
+    # In the order of their states: where the job of each begins.
+    job_starts = np.empty((used, 2), dtype=np.int64)
+    job_starts[:, 0], job_starts[:, 1] = job_start, last_start
+    partial = np.empty((used, 2), dtype=np.bool_)
+    partial[:, 0], partial[:, 1] = first_partial, last_partial
+    merges = _merges(sequences, starts, tiles, job_starts[partial], group)
+    return DecodePlan(sequences, shares, merges, int(states.sum()))
 
 
 def _sequences(
@@ -131,7 +136,9 @@ def _locate(starts: Longs, tiles: Longs, places: Longs) -> tuple[NDArray[np.intp
     """Of places in the line: sequence, job in it, tile in that, tiles of the job."""
     owner = np.searchsorted(starts, places, side="right") - 1
     size = tiles[owner]
-    job, tile = np.divmod(places - starts[owner], size)
+    inside = places - starts[owner]
+    job = inside // size
+    tile = inside - job * size
     return owner, job, tile, size
 
 
@@ -142,15 +149,20 @@ def _cuts(starts: Longs, tiles: Longs, total: int, used: int) -> Longs:
     _, _, tile, size = _locate(starts, tiles, inner)
     # Where shares are shorter than a piece may be, jobs that are worth it are cut at multiples of one.
     kept = tile if total >= used * MIN_PIECE else tile // MIN_PIECE * MIN_PIECE
-    nearer_end = np.where(2 * tile < size, 0, size)
-    moved = np.select([size < 2 * MIN_PIECE, kept < MIN_PIECE, size - kept < MIN_PIECE], [nearer_end, 0, size], kept)
+    whole = size < 2 * MIN_PIECE
+    to_begin = np.where(whole, 2 * tile < size, kept < MIN_PIECE)
+    to_end = np.where(whole, ~to_begin, size - kept < MIN_PIECE)
+    moved = np.where(to_begin, 0, np.where(to_end, size, kept))
     inner += moved - tile
     return cuts
 
 
 def _merges(sequences: Ints, starts: Longs, tiles: Longs, job_starts: Longs, group: int) -> Ints:
     """Jobs in several pieces; `job_starts` says for each state where its job begins in the line, in order."""
-    first = np.flatnonzero(np.diff(job_starts, prepend=-1))
+    count = len(job_starts)
+    if count == 0:
+        return np.zeros((0, 8), dtype=np.int32)
+    first = np.concatenate([[0], np.flatnonzero(job_starts[1:] != job_starts[:-1]) + 1])
     owner, job, _, _ = _locate(starts, tiles, job_starts[first])
     of = sequences[owner]
     head, row_tile = np.divmod(job, of[:, 7])
@@ -161,6 +173,7 @@ def _merges(sequences: Ints, starts: Longs, tiles: Longs, job_starts: Longs, gro
     table[:, 2] = np.minimum(ROWS, of[:, 2] * group - first_packed)
     table[:, 3] = head
     table[:, 4] = first
-    table[:, 5] = np.diff(first, append=len(job_starts))
+    table[:-1, 5] = first[1:] - first[:-1]
+    table[-1, 5] = count - first[-1]
     table[:, 6] = of[:, 4] > 0
     return table

@@ -23,10 +23,10 @@ BF16, F16, E4M3, INT8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torc
 RAGGED = [(1, 1), (1, 15), (1, 16), (1, 17), (1, 32), (3, 33), (16, 16), (16, 170), (1, 1300), (1, 0), (2, 65), (1, 130)]
 
 DTYPES = [
-    *((BF16, BF16, head_dim) for head_dim in (64, 80, 96, 128, 256)),
-    *((BF16, E4M3, head_dim) for head_dim in (80, 128)),
-    *((BF16, INT8, head_dim) for head_dim in (64, 96, 256)),
-    *((F16, cache_dtype, 64) for cache_dtype in (F16, E4M3, INT8)),
+    (dtype, cache_dtype, head_dim)
+    for dtype in (BF16, F16)
+    for cache_dtype in (dtype, E4M3, INT8)
+    for head_dim in (64, 80, 96, 128, 256)
 ]
 
 
@@ -122,6 +122,27 @@ def test_nothing_is_read_or_written_that_must_not(
     for window, soft_cap in ((None, None), (70, 20.0)):
         batch = Paged(spec_of((6, 2), head_dim, BF16, cache_dtype, window=window, soft_cap=soft_cap), RAGGED, 32)
         assert batch.judge(run(replace(watched, schedule=schedule), batch, sinks=sinks), sinks) <= 1
+
+
+@pytest.mark.parametrize("cache_dtype", [BF16, INT8], ids=str)
+def test_memory_is_read_in_whole_sectors_and_shared_memory_without_turns(
+    watched: EmulatedDevice, cache_dtype: torch.dtype
+) -> None:
+    batch = Paged(spec_of((6, 2), 64, BF16, cache_dtype), [(1, 1300)], 32)
+    device = replace(watched, record_traffic=True)
+    decode = DecodeAttention(device, batch.spec, 1)
+    decode.load(decode.plan(batch.query_start, batch.seq_lens))
+    bound = decode.bind(batch.query, batch.cache, batch.block_tables, batch.out())
+    bound.attend()
+    counters = device.counters
+    assert counters["least_shared_wavefronts"] > 0
+    assert counters["shared_wavefronts"] <= 1.06 * counters["least_shared_wavefronts"]  # outputs of 8 bits meet at the end
+    assert counters["global_sectors"] <= 1.05 * counters["least_global_sectors"]  # queries are read by halves of sectors
+    tiles = 2 * -(-1300 // 16)
+    cache = tiles * 16 * 64 * cache_dtype.itemsize * 2 // 32
+    assert counters["global_sectors"] < 1.5 * cache  # for all rows once; the rest is queries, outputs and states
+    bound.merge()
+    assert device.counters["global_sectors"] == device.counters["least_global_sectors"]
 
 
 def test_sequences_that_are_not_chosen_stay_as_they_are(device: EmulatedDevice) -> None:

@@ -109,13 +109,9 @@ def test_short_sequences_are_spread_and_not_cut() -> None:
 
 
 def test_only_chosen_sequences_are_planned() -> None:
+    chosen = np.array([True, False, True, True])  # the last has no new tokens
     plan = plan_decode(
-        np.array([0, 1, 40, 41]),
-        np.array([50, 60, 70]),
-        group=1,
-        num_kv_heads=1,
-        num_shares=4,
-        chosen=np.array([True, False, True]),
+        np.array([0, 1, 40, 41, 41]), np.array([50, 60, 70, 80]), group=1, num_kv_heads=1, num_shares=4, chosen=chosen
     )
     assert plan.sequences[:, :2].tolist() == [[0, 0], [2, 40]]
     nobody = plan_decode(np.array([0, 1]), np.array([5]), group=1, num_kv_heads=1, num_shares=4, chosen=np.array([False]))
