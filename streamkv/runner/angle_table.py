@@ -70,7 +70,7 @@ def _table(rope: Any, length: int, dtype: torch.dtype, left: int) -> AngleTable 
         if not _are_angles(one, 1, dtype) or 2 * length * one[0].nbytes > left:
             return None
         # In pieces: what is computed on the way is many times the size of the table.
-        pieces = [rope(like, part[None]) for part in torch.arange(length, device=buffer.device).split(_PIECE)]
+        pieces = [rope(like, part[None]) for part in torch.split(torch.arange(length, device=buffer.device), _PIECE)]
     except (TypeError, ValueError, KeyError, AttributeError):
         return None
     cos, sin = (torch.cat([piece[index][0] for piece in pieces]) for index in range(2))
