@@ -1,7 +1,11 @@
-"""Which variants of the kernels models need: found by building what launches them on a device that only writes down."""
+"""Which variants of the kernels models need: found by building what launches them on a device that only writes down.
+
+python -m streamkv_kernels.variants sm_90        # compiles them all into the package, for an image without a compiler
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,6 +16,7 @@ from streamkv_kernels.attention import AttentionSpec, MergeStates
 from streamkv_kernels.attn_decode import DecodeAttention
 from streamkv_kernels.attn_prefill import PrefillAttention
 from streamkv_kernels.blocks import BlockMover, Pieces
+from streamkv_kernels.compile import ARCHITECTURES, prebuild
 from streamkv_kernels.device import Argument, Grid, Variant
 from streamkv_kernels.kv_write import KVWriter, LayerCache
 from streamkv_kernels.rows import RowKernels
@@ -101,3 +106,7 @@ def _logits(recorder: _Recorder, dtype: torch.dtype) -> None:
     kernels.change(logits, Changes())
     kernels.sample(logits, Parameters(real.float(), wide, real, real, wide, wide), wide)
     kernels.token_logprobs(logits, wide)
+
+
+if __name__ == "__main__":
+    prebuild(dict.fromkeys(kernel.variant for kernel in asked()), sys.argv[1:] or ARCHITECTURES)

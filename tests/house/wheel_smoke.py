@@ -46,6 +46,9 @@ def main() -> int:
         for name in ("README.md", "compose.yaml"):  # tests read them when they are collected
             shutil.copy(ROOT / name, away)
         shutil.copytree(ROOT / "docs", away / "docs")
+        (away / "kernels_cuda").mkdir()
+        for name in ("README.md", "resources.md"):
+            shutil.copy(ROOT / "kernels_cuda" / name, away / "kernels_cuda")
         (away / "pytest.ini").write_text(
             "[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n"
             "markers =\n    smoke: works on the wheel\n    gpu: needs a GPU\n"

@@ -9,7 +9,7 @@ import pytest
 
 from streamkv_kernels.device import SOURCES
 
-README = (SOURCES.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "kernels_cuda" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("code", re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL))
