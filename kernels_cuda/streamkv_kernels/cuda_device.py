@@ -55,6 +55,7 @@ class CudaDevice:
         self.index: int = torch.cuda.current_device() if asked.index is None else asked.index
         if self.index >= torch.cuda.device_count():
             raise BackendError(f"there is no GPU {self.index}; torch sees {torch.cuda.device_count()}")
+        torch.cuda.set_device(self.index)  # CuPy loads and launches on the thread's current GPU; a backend has one thread
         properties = torch.cuda.get_device_properties(self.index)
         self._architecture = architecture_for((properties.major, properties.minor))
         self._name, self._num_sms = properties.name, properties.multi_processor_count
@@ -78,12 +79,11 @@ class CudaDevice:
         """
         if shared_bytes > _MOST_SHARED[self._architecture] * 1024:
             raise BackendError(f"{variant.source} needs {shared_bytes} bytes of shared memory, more than {self.name} has")
-        with torch.cuda.device(self.index):
-            if variant not in self._modules:
-                self._modules[variant] = self._cupy.RawModule(path=str(find_or_build(variant, self._architecture)))
-            function = self._modules[variant].get_function(name)
-            if shared_bytes > _ALWAYS_SHARED:
-                function.max_dynamic_shared_size_bytes = shared_bytes
+        if variant not in self._modules:
+            self._modules[variant] = self._cupy.RawModule(path=str(find_or_build(variant, self._architecture)))
+        function = self._modules[variant].get_function(name)
+        if shared_bytes > _ALWAYS_SHARED:
+            function.max_dynamic_shared_size_bytes = shared_bytes
         return CudaKernel(function, shared_bytes, self.index)
 
 

@@ -115,6 +115,7 @@ class FakeFunction:
 
 class FakeModule:
     loaded: list[str]
+    chosen: list[int]
 
     def __init__(self, path: str) -> None:
         self.loaded.append(path)
@@ -127,10 +128,11 @@ class FakeModule:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, cache: Path) -> type[FakeModule]:
     FakeModule.loaded = []
+    chosen = FakeModule.chosen = []
     properties = types.SimpleNamespace(major=9, minor=0, name="A GPU", multi_processor_count=132)
     played = {
         "is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 1,
-        "get_device_properties": lambda _: properties, "device": lambda _: torch.no_grad(),
+        "get_device_properties": lambda _: properties, "set_device": chosen.append,
         "current_stream": lambda _: types.SimpleNamespace(cuda_stream=next(streams)),
     }  # fmt: skip  # one line a thought
     streams = iter(range(1, 10))
@@ -145,6 +147,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, cache: Path) -> type[FakeModule]:
 def test_launches_reach_cupy_packed_and_on_the_stream_of_now(gpu: type[FakeModule], cache: Path) -> None:
     device = CudaDevice()
     assert (device.name, device.num_sms) == ("A GPU (sm_90)", 132)
+    assert gpu.chosen == [0], "the thread's current GPU"
     kernel = device.kernel(GATE, "gate", 1024)
     assert device.kernel(GATE, "gate", 1024).function is kernel.function
     assert len(gpu.loaded) == 1
