@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("benchmarks.gpu", reason="benchmarks are not there beside an installed wheel")
 
+from benchmarks.gpu import one_step
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.stage import LostDeviceError, Results, Row, Stage, run_stages
@@ -43,6 +44,10 @@ def test_every_stage_runs_without_a_gpu(machine: Machine, stage: Stage) -> None:
         rows = list(stage.run(machine))
     assert rows
     assert all(row[name] is None for row in rows for name in TIMES if name in row)
+
+
+def test_the_step_for_tools_runs_without_a_gpu() -> None:
+    assert one_step.main(["--device", "emulated"]) == 0
 
 
 def _two(_: Machine) -> Iterator[Row]:
