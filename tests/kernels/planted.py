@@ -71,7 +71,7 @@ def _noticed(bug: Planted, check: Callable[[EmulatedDevice], None], libraries: P
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         plant(bug, Path(folder))
         device = EmulatedDevice(
-            checked=bug.noticed == "checked", sources=Path(folder), cache=libraries, optimize=1, time_limit_s=20.0
+            checked=bug.noticed == "checked", sources=Path(folder), cache=libraries, optimize=1, time_limit_s=10.0
         )
         try:
             check(device)
