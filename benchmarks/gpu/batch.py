@@ -76,9 +76,9 @@ def make_batch(
         pool = numbers.view(num_blocks, layers, *shape).transpose(0, 1)
     else:
         pool = numbers.view(layers, num_blocks, *shape)
-    scales = (None, None)
+    scales: tuple[torch.Tensor, ...] = ()
     if spec.cache_dtype.itemsize == 1:
-        scales = (_scales(pool[0, :, 0]), _scales(pool[0, :, 1]))  # type: ignore[assignment]
+        scales = (_scales(pool[0, :, 0]), _scales(pool[0, :, 1]))
     caches = [LayerCache(pool[layer, :, 0], pool[layer, :, 1], *scales) for layer in range(layers)]
     order = np.random.default_rng(0).permutation(num_blocks) if shuffled else np.arange(num_blocks)
     tables = np.zeros((len(lengths), int(needed.max())), dtype=np.int32)
