@@ -85,7 +85,7 @@ def _placed(machine: Machine, batch: Paged) -> tuple[torch.Tensor, LayerCache, t
     parts = [
         part if part is None else part.to(place) for part in (cache.keys, cache.values, cache.key_scales, cache.value_scales)
     ]
-    return batch.query.to(place), LayerCache(*parts), batch.block_tables.to(place), batch.out().to(place)  # type: ignore[arg-type]
+    return batch.query.to(place), LayerCache(*parts), batch.block_tables.to(place), batch.out().to(place)  # type: ignore[arg-type]  # a list of tensors or None
 
 
 def _decode(machine: Machine, batch: Paged) -> torch.Tensor:
