@@ -5,7 +5,8 @@ python -m benchmarks.timeline [--rounds 3] [--svg FILE] [--model-dir DIR] [--qui
 *mixed32* of `benchmarks.workloads` goes through a real server to a client in another process, with look-ahead and without it in
 turns. The parts of the engine are wrapped from outside to write down when they ran. Prints the share of the time from the first
 forward pass to the last in which none ran, by what ran instead in the runner's thread; how much of the loop's work fell into
-forward passes; and how late a timer of 2 ms on that loop was. Draws steps of the last round with look-ahead.
+forward passes; how late a timer of 2 ms on that loop was; and how long forward passes of which size took. Draws steps of the
+last round with look-ahead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import functools
 from bisect import bisect_right
 from collections.abc import Sequence
 from html import escape
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -41,7 +43,7 @@ from streamkv.server.config import ServerConfig
 from streamkv.text.streams import TextStreams
 from streamkv.text.tokenizer import load_tokenizer
 
-__all__ = ["Shares", "Span", "Trace", "draw", "shares"]
+__all__ = ["Shares", "Span", "Trace", "by_size", "draw", "shares"]
 
 FORWARD: Final = "forward pass"
 IN_THREAD: Final = ("prepare", "sample")
@@ -56,6 +58,7 @@ COLOURS: Final = {
     "send": "#777777",
 }
 STEPS: Final = 10
+SIZES: Final = (4, 16, 32, 256, 512)
 TICK_S: Final = 0.002
 
 
@@ -72,6 +75,8 @@ class Trace:
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
+        self.passes: list[tuple[int, float]] = []
+        """Of each forward pass its tokens and seconds."""
 
     def watch(self, owner: Any, method: str, kind: str) -> None:
         """Have a method of an object (or class) write down when it ran."""
@@ -86,6 +91,20 @@ class Trace:
                 self.add(kind, began)
 
         setattr(owner, method, timed)
+
+    def watch_passes(self, runner: Any) -> None:
+        """Have a runner write down how large its forward passes are, and when they ran."""
+        original = runner._forward  # noqa: SLF001  # the benchmark looks inside
+
+        def forward(tokens: Any, positions: Any, keep: Any) -> Any:
+            began = perf_counter()
+            try:
+                return original(tokens, positions, keep)
+            finally:
+                self.add(FORWARD, began)
+                self.passes.append((len(tokens), perf_counter() - began))
+
+        runner._forward = forward  # noqa: SLF001  # as above
 
     def watch_frames(self, recorder: Recorder) -> None:
         """Have a server's recorder, which is told of each frame after it, write down when it was encoded and sent."""
@@ -140,6 +159,17 @@ def shares(spans: Sequence[Span]) -> Shares:
         loop=spent / whole,
         overlap=sum(map(within, loop)) / spent if spent else 0.0,
     )
+
+
+def by_size(passes: Sequence[tuple[int, float]]) -> list[list[str]]:
+    """Forward passes in rows: tokens, how many there were, their share of the time of all, milliseconds each (median)."""
+    whole = sum(seconds for _, seconds in passes)
+    rows = []
+    for low, high in pairwise((0, *SIZES)):
+        some = [seconds for tokens, seconds in passes if low < tokens <= high]
+        if some:
+            rows.append([f"{low + 1}–{high}", str(len(some)), f"{sum(some) / whole:.0%}", f"{median(some) * 1000:.1f}"])
+    return rows
 
 
 # -- the picture ------------------------------------------------------------------------------------------------------
@@ -227,6 +257,8 @@ async def _measure(model: Path, arguments: argparse.Namespace) -> None:
         ])  # fmt: skip
     header = ["look-ahead", "steps", "no forward pass", "prepare", "sample", "thread waits", "loop works", "of that in a pass"]
     print_table(f"mixed32, {arguments.rounds} rounds", [*header, "lag p50 ms", "p99 ms", "max ms"], rows)
+    passes = [one for trace, _ in found[True] for one in trace.passes]
+    print_table("forward passes, look-ahead on", ["tokens", "passes", "of their time", "ms, median"], by_size(passes))
     if arguments.svg is not None:
         arguments.svg.write_text(draw("mixed32 through the server, 254M parameters, 2 cores", found[True][-1][0].spans))
 
@@ -269,6 +301,7 @@ async def _serve(engine: InProcessEngine, model: Path, seed: int, *, quick: bool
                     trace.watch(session, "next_message", "send")
                 trace.watch_frames(server.recorder)
                 trace.spans.clear()
+                trace.passes.clear()
                 lags: list[float] = []
                 ticker = asyncio.create_task(_tick(lags))
                 client.send("go")
@@ -286,7 +319,6 @@ def _wrap(engine: InProcessEngine, streams: TextStreams) -> Trace:
     for owner, method, kind in (
         (runner, "_take_over", "prepare"),
         (runner, "_pack", "prepare"),
-        (runner, "_forward", FORWARD),
         (runner, "_finish", "sample"),
         (scheduler, "plan", "plan"),
         (engine, "_start", "plan"),
@@ -295,6 +327,7 @@ def _wrap(engine: InProcessEngine, streams: TextStreams) -> Trace:
         (streams, "_dispatch", "detokenise"),
     ):
         trace.watch(owner, method, kind)
+    trace.watch_passes(runner)
     return trace
 
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("benchmarks.timeline", reason="benchmarks are not there beside an installed wheel")
 
-from benchmarks.timeline import COLOURS, FORWARD, Span, draw, shares
+from benchmarks.timeline import COLOURS, FORWARD, Span, by_size, draw, shares
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +34,11 @@ def test_time_without_a_forward_pass_is_what_stands_between_them() -> None:
     assert (found.forward, found.prepare, found.sample) == pytest.approx((0.9, 0.05, 0.05))
     assert found.loop == pytest.approx(3.5 / 10)
     assert found.overlap == pytest.approx((0.5 + 0.5 + 1.0) / 3.5)
+
+
+def test_forward_passes_are_told_apart_by_their_size() -> None:
+    passes = [(1, 0.02), (4, 0.04), (5, 0.06), (512, 0.28)]
+    assert by_size(passes) == [["1–4", "2", "15%", "30.0"], ["5–16", "1", "15%", "60.0"], ["257–512", "1", "70%", "280.0"]]
 
 
 def test_the_picture_shows_every_kind() -> None:
