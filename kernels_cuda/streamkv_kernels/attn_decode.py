@@ -21,6 +21,7 @@ from streamkv_kernels.checks import aligned, check
 from streamkv_kernels.decode_plan import ROWS, DecodePlan, Ints, plan_decode
 from streamkv_kernels.device import Bound, Device, Kernel, Variant
 from streamkv_kernels.kv_write import LayerCache
+from streamkv_kernels.uploads import upload
 
 __all__ = ["BoundDecode", "DecodeAttention"]
 
@@ -114,7 +115,7 @@ class DecodeAttention:
         staging[shares:merges] = plan.shares
         staging[merges : merges + len(plan.merges)] = plan.merges
         staging[merges + len(plan.merges) :] = 0
-        self._plan.copy_(torch.from_numpy(staging))
+        upload(self._plan, torch.from_numpy(staging))
 
     def bind(
         self,

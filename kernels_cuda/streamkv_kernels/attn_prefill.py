@@ -7,8 +7,11 @@
 Cascade: what a group of sequences has in common is read once for all of them, and joins the rest as a state.
 
     shared = SharedPrefix(device, spec)
-    shared.load(groups, query_start, block_tables, block_size)                  # groups of prefill_plan.shared_prefixes
+    shared.load(shared.plan(groups, query_start, block_tables, block_size))     # groups of prefill_plan.shared_prefixes
     prefix = shared.launch(query, cache)                                        # for the `prefix` of decode and prefill
+
+What launches read lies at addresses that stay until a plan needs more room, which `load` tells; plans of shared prefixes come in
+few sizes. So a CUDA graph of `SharedPrefix.launch` serves every step whose plan has the same `launches`.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from streamkv_kernels.attention import TILE, AttentionSpec, MergeStates, States,
 from streamkv_kernels.checks import aligned, check
 from streamkv_kernels.device import Argument, Device, Kernel, Variant
 from streamkv_kernels.kv_write import LayerCache
-from streamkv_kernels.prefill_plan import ROWS, Ints, PrefillPlan, Shape, plan_prefill, plan_shared
+from streamkv_kernels.prefill_plan import ROWS, Ints, PrefillPlan, Shape, SharedPlan, plan_prefill, plan_shared
+from streamkv_kernels.uploads import Room
 
 __all__ = ["PrefillAttention", "SharedPrefix"]
 
 _THREADS: Final = 128
 _MERGE_WARPS: Final = 4
+_FEW: Final = 256
+"""Lines of plans that there is room for at first."""
 
 
 class _Pieces:
@@ -44,16 +50,29 @@ class _Pieces:
             if rows <= most:
                 variant = Variant("attn_prefill", (*spec.defines, ("ROW_TILES", rows // ROWS[0])))
                 self._kernels[rows] = device.kernel(variant, "attn_prefill", _shared_bytes(spec, rows))
+        self._pieces, self._merges = (Room((_FEW, 8), torch.int32, place) for _ in range(2))
+        self._outs, self._logarithms = (Room((0,), torch.float32, place) for _ in range(2))
         self.load(PrefillPlan(ROWS[0], np.zeros((0, 8), np.int32), 0, np.zeros((0, 8), np.int32)))
 
-    def load(self, plan: PrefillPlan) -> None:
+    def load(self, plan: PrefillPlan) -> bool:
+        """Whether something has another address than before."""
         self.plan = plan
-        self._pieces = torch.from_numpy(plan.pieces).to(self.place, non_blocking=True)
-        self.merges = torch.from_numpy(plan.merges).to(self.place, non_blocking=True)
+        width, states = self.spec.head_dim, plan.num_states * plan.rows
+        grew = [
+            self._pieces.load(torch.from_numpy(plan.pieces)),
+            self._merges.load(torch.from_numpy(plan.merges)),
+            self._outs.reserve(states * width),
+            self._logarithms.reserve(states),
+        ]
         self.states = States(
-            torch.empty((plan.num_states, plan.rows, self.spec.head_dim), dtype=torch.float32, device=self.place),
-            torch.empty((plan.num_states, plan.rows), dtype=torch.float32, device=self.place),
+            self._outs.tensor[: states * width].view(plan.num_states, plan.rows, width),
+            self._logarithms.tensor[:states].view(plan.num_states, plan.rows),
         )
+        return any(grew)
+
+    @property
+    def merges(self) -> torch.Tensor:
+        return self._merges.filled
 
     def launch(
         self,
@@ -77,11 +96,12 @@ class _Pieces:
         check("query_start", query_start, torch.int32, [len(block_tables) + 1])
         check("seq_lens", lengths, torch.int32, [len(block_tables)])
         pointers, strides = cache_arguments(spec, cache)
-        if not len(self._pieces):
+        pieces = self._pieces.filled
+        if not len(pieces):
             return
         self._kernels[self.plan.rows].launch(
-            (len(self._pieces) * spec.num_kv_heads, 1, 1), (_THREADS, 1, 1),
-            query, *pointers, block_tables, query_start, lengths, row_index, self._pieces, *outputs,
+            (len(pieces) * spec.num_kv_heads, 1, 1), (_THREADS, 1, 1),
+            query, *pointers, block_tables, query_start, lengths, row_index, pieces, *outputs,
             self.states.out, self.states.logarithms, *query.stride()[:2], *strides, block_tables.stride(0),
             spec.num_heads, spec.num_kv_heads, int(row_index is None), spec.window or 0, *spec.scoring,
         )  # fmt: skip  # in the order of the kernel's parameters
@@ -114,9 +134,9 @@ class PrefillAttention:
         window = self.spec.window
         return plan_prefill(query_lens, seq_lens, self._pieces.shape, window=window, chosen=chosen, prefix_lens=prefix_lens)
 
-    def load(self, plan: PrefillPlan) -> None:
-        """Make a plan the one that launches follow, in stream order."""
-        self._pieces.load(plan)
+    def load(self, plan: PrefillPlan) -> bool:
+        """Make a plan the one that launches follow, in stream order; whether something has another address than before."""
+        return self._pieces.load(plan)
 
     def launch(
         self,
@@ -171,24 +191,28 @@ class SharedPrefix:
         self.spec, self.place = spec, place
         self._pieces = _Pieces(device, spec, max_rows, place)
         self._merge = MergeStates(device, spec.head_dim, torch.float32)
+        shapes = ((_FEW, _FEW), (_FEW + 1,), (_FEW,), (_FEW,))  # block tables, row_start, lengths, row_index
+        self._rooms = tuple(Room(shape, torch.int32, place) for shape in shapes)
 
-    def load(self, groups: list[tuple[list[int], int]], query_start: Ints, block_tables: torch.Tensor, block_size: int) -> None:
-        """Make groups of sequences the ones that launches follow.
+    def plan(
+        self, groups: list[tuple[list[int], int]], query_start: Ints, block_tables: NDArray[np.int32], block_size: int
+    ) -> SharedPlan:
+        """Plan a step.
 
         Args:
             groups: for each its sequences and how many leading blocks they have in common, `shared_prefixes`.
             query_start: [num_seqs + 1], first row of each sequence's new tokens.
-            block_tables: [num_seqs, max_blocks] int32, on the device.
+            block_tables: [num_seqs, max_blocks].
             block_size: tokens of a block.
         """
-        rows = [np.concatenate([np.arange(query_start[s], query_start[s + 1]) for s in members]) for members, _ in groups]
-        num_rows = np.array([len(some) for some in rows], dtype=np.int32)
-        lengths = np.array([blocks * block_size for _, blocks in groups], dtype=np.int32)
-        self._pieces.load(plan_shared(num_rows, lengths, self._pieces.shape))
-        first = torch.tensor([members[0] for members, _ in groups], dtype=torch.int64, device=self.place)
-        starts = np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32)
-        self._tables = (block_tables.index_select(0, first), self._placed(starts), self._placed(lengths))
-        self._row_index = self._placed(np.concatenate([np.zeros(0, np.int32), *rows]).astype(np.int32))
+        return plan_shared(groups, query_start, block_tables, block_size, self._pieces.shape)
+
+    def load(self, plan: SharedPlan) -> bool:
+        """Make a plan the one that launches follow, in stream order; whether something has another address than before."""
+        grew = [self._pieces.load(plan.pieces)]
+        arrays = (plan.block_tables, plan.row_start, plan.lengths, plan.row_index)
+        grew += [room.load(torch.from_numpy(numbers)) for room, numbers in zip(self._rooms, arrays, strict=True)]
+        return any(grew)
 
     def launch(self, query: torch.Tensor, cache: LayerCache) -> States:
         """States [num_tokens, num_heads] of the groups' rows; those of others are arbitrary.
@@ -201,22 +225,20 @@ class SharedPrefix:
             torch.empty(query.shape, dtype=torch.float32, device=query.device),
             torch.empty(query.shape[:2], dtype=torch.float32, device=query.device),
         )
+        block_tables, row_start, lengths, row_index = (room.filled for room in self._rooms)
         nothing = (None,) * 5  # every piece leaves a state
-        pieces.launch(query, cache, self._tables, nothing, row_index=self._row_index)
+        pieces.launch(query, cache, (block_tables, row_start, lengths), nothing, row_index=row_index)
         if len(pieces.merges):
             bound = self._merge.bind(
                 pieces.states,
                 pieces.merges,
                 states.out,
                 spec.num_kv_heads,
-                row_index=self._row_index,
+                row_index=row_index,
                 logarithms=states.logarithms,
             )
             bound.launch(pieces.merge_grid(), (32 * _MERGE_WARPS, 1, 1))
         return states
-
-    def _placed(self, numbers: NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(numbers).to(self.place, non_blocking=True)
 
 
 def _shared_bytes(spec: AttentionSpec, rows: int) -> int:

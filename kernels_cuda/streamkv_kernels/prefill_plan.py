@@ -10,7 +10,7 @@ nothing is cut. The cut depends on the lengths and the number of multiprocessors
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 
 from streamkv_kernels.attention import TILE
 
-__all__ = ["STEP", "PrefillPlan", "Shape", "plan_prefill", "plan_shared", "shared_prefixes"]
+__all__ = ["STEP", "PrefillPlan", "Shape", "SharedPlan", "plan_prefill", "plan_shared", "shared_prefixes"]
 
 STEP: Final = 64  # tokens, the unit of cost
 MIN_PIECE: Final = 8  # steps: a shorter piece is not worth its state
 BLOCKS_PER_SM: Final = 2
 ROWS: Final = (64, 128)  # packed rows of a tile that the kernel is compiled for
+_IDLE_PIECE: Final = (0, 1 << 30, 0, 0, 0, 1, 0, 0)  # no sequence has so many rows, and it sees no token
+_IDLE_MERGE: Final = (0,) * 8
 
 Ints = NDArray[np.signedinteger[Any]]
 
@@ -45,6 +47,30 @@ class PrefillPlan:
     pieces: Ints
     num_states: int
     merges: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPlan:
+    """What the host tells the kernels about prefixes that groups of sequences share.
+
+    Attributes:
+        pieces: every one leaves a state. Idle ones fill the lists up to powers of two: few CUDA graphs serve many steps.
+        block_tables: [num_groups, blocks] int32.
+        row_start: [num_groups + 1] int32, where the rows of each group begin in `row_index`.
+        lengths: [num_groups] int32, tokens.
+        row_index: [num_rows] int32, tokens of the batch.
+    """
+
+    pieces: PrefillPlan
+    block_tables: Ints
+    row_start: Ints
+    lengths: Ints
+    row_index: Ints
+
+    @property
+    def launches(self) -> tuple[int, int, int]:
+        """What a launch is fixed to: rows of a piece, pieces, merges."""
+        return self.pieces.rows, len(self.pieces.pieces), len(self.pieces.merges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +140,31 @@ def plan_prefill(
     return _cut(tiles, rows, shape, always_state=False)
 
 
-def plan_shared(num_rows: Ints, prefix_lens: Ints, shape: Shape) -> PrefillPlan:
-    """Pieces of groups of sequences that attend, not causally, to the prefix they share; every piece leaves a state.
+def plan_shared(
+    groups: list[tuple[list[int], int]], query_start: Ints, block_tables: Ints, block_size: int, shape: Shape
+) -> SharedPlan:
+    """Pieces of groups of sequences that attend, not causally, to the prefix they share.
 
     Args:
-        num_rows: [num_groups], query tokens of all sequences of a group.
-        prefix_lens: [num_groups], tokens of the shared prefix.
+        groups: for each its sequences and how many leading blocks they have in common, `shared_prefixes`; at least one.
+        query_start: [num_seqs + 1], first row of each sequence's new tokens.
+        block_tables: [num_seqs, max_blocks].
+        block_size: tokens of a block.
         shape: what it is for.
     """
+    rows = [np.concatenate([np.arange(query_start[s], query_start[s + 1]) for s in members]) for members, _ in groups]
+    num_rows = np.array([len(some) for some in rows])
+    blocks = np.array([count for _, count in groups])
+    return SharedPlan(
+        pieces=_shared_pieces(num_rows, blocks * block_size, shape),
+        block_tables=block_tables[[members[0] for members, _ in groups], : blocks.max()].astype(np.int32),
+        row_start=np.concatenate([[0], np.cumsum(num_rows)]).astype(np.int32),
+        lengths=(blocks * block_size).astype(np.int32),
+        row_index=np.concatenate(rows).astype(np.int32),
+    )
+
+
+def _shared_pieces(num_rows: Ints, lengths: Ints, shape: Shape) -> PrefillPlan:
     packed = num_rows * shape.group
     rows = shape.rows_for(packed)
     owner, row = _tiles_of(packed, rows)
@@ -130,11 +173,18 @@ def plan_shared(num_rows: Ints, prefix_lens: Ints, shape: Shape) -> PrefillPlan:
         row=row,
         count=np.minimum(rows, packed[owner] - row),
         begin=np.zeros_like(row),
-        end=prefix_lens[owner],
+        end=lengths[owner],
         first_row=(np.cumsum(num_rows) - num_rows)[owner],
         has_prefix=np.zeros(len(row), dtype=np.bool_),
     )
-    return _cut(tiles, rows, shape, always_state=True)
+    plan = _cut(tiles, rows, shape, always_state=True)
+    return replace(plan, pieces=_filled_up(plan.pieces, _IDLE_PIECE), merges=_filled_up(plan.merges, _IDLE_MERGE))
+
+
+def _filled_up(lines: Ints, idle: tuple[int, ...]) -> Ints:
+    """To a power of two."""
+    missing = (1 << (len(lines) - 1).bit_length()) - len(lines)
+    return np.concatenate([lines, np.tile(np.array(idle, dtype=np.int32), (missing, 1))])
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def _shared(device: EmulatedDevice) -> None:
     for own, first in zip(batch.contexts[2], batch.contexts[0], strict=True):
         own[:96] = first[:96]
     shared = SharedPrefix(device, spec, max_rows=64)
-    shared.load([([0, 2], 3)], batch.query_start, batch.block_tables, 32)
+    shared.load(shared.plan([([0, 2], 3)], batch.query_start, batch.block_tables.numpy(), 32))
     prefix = shared.launch(batch.query, batch.cache)
     prefill = PrefillAttention(device, spec, max_rows=64)
     prefill.load(prefill.plan(np.diff(batch.query_start), batch.seq_lens, prefix_lens=np.array([96, 0, 96])))

@@ -168,7 +168,7 @@ def test_a_shared_prefix_is_attended_to_once(device: EmulatedDevice, cache_dtype
     groups = shared_prefixes(batch.block_tables.numpy(), (batch.seq_lens - new).clip(0) // 16)
     assert groups == [([0, 1, 2, 3, 4], 70)]
     shared = SharedPrefix(device, spec, max_rows=64)
-    shared.load(groups, batch.query_start, batch.block_tables, 16)
+    shared.load(shared.plan(groups, batch.query_start, batch.block_tables.numpy(), 16))
     prefix = shared.launch(batch.query, batch.cache)
     begins = np.array([1120] * 5 + [0] * 3, dtype=np.int32)
     few = new * 4 <= 16
@@ -184,7 +184,7 @@ def test_two_groups_have_their_own_rows(device: EmulatedDevice) -> None:
     batch = _sharing(spec_of(), [(2, 100), (1, 90), (3, 99), (1, 80), (5, 5)], {2: 5})
     batch.block_tables[3, :4] = batch.block_tables[1, :4]
     shared = SharedPrefix(device, batch.spec, max_rows=64)
-    shared.load([([0, 2], 5), ([1, 3], 4)], batch.query_start, batch.block_tables, 16)
+    shared.load(shared.plan([([0, 2], 5), ([1, 3], 4)], batch.query_start, batch.block_tables.numpy(), 16))
     states = shared.launch(batch.query, batch.cache)
     for sequence, length, keys in ((0, 80, 0), (2, 80, 0), (1, 64, 1), (3, 64, 1)):
         rows, (key, value) = batch.rows(sequence), batch.contexts[keys]

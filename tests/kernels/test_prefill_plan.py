@@ -109,13 +109,21 @@ def test_sequences_that_are_not_chosen_have_no_pieces() -> None:
 
 
 def test_a_shared_prefix_always_leaves_states() -> None:
-    plan = plan_shared(np.array([5, 40]), np.array([64, 4096]), Shape(4, 2, 8))
+    tables = np.arange(3 * 300).reshape(3, 300)
+    shared = plan_shared([([1], 4), ([0, 2], 256)], np.array([0, 30, 35, 45]), tables, 16, Shape(4, 2, 8))
+    assert shared.row_index.tolist() == [*range(30, 35), *range(30), *range(35, 45)]
+    assert shared.row_start.tolist() == [0, 5, 45]
+    assert shared.lengths.tolist() == [64, 4096]
+    assert shared.block_tables.tolist() == tables[[1, 0], :256].tolist()
+    plan = shared.pieces
     assert (plan.pieces[:, 4] >= 0).all()
     assert plan.merges[0].tolist() == [0, 0, 20, 0, 0, 1, 0, 0]
     assert set(plan.merges[2:, 0]) == {5}  # row_index of the second group begins behind that of the first
     covered = plan.pieces[(plan.pieces[:, 0] == 1) & (plan.pieces[:, 1] == 0)]
     assert len(covered) > 1
     assert (covered[:, 3] - covered[:, 2]).sum() == 4096
+    assert shared.launches == (64, 16, 8)
+    assert (plan.pieces[:, 3] == 0).sum() == 6, "idle ones fill it up"
 
 
 TABLES = st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=9)

@@ -1,8 +1,12 @@
 """Paged attention by CUDA kernels (kernels_cuda/), on a GPU or, for tests and for looking closely, emulated on a processor.
 
 A step's sequences are divided: few new tokens are decoded, many are prefilled; each kernel has its plan of equal work, made once
-a step for each kind of layer. Then a layer is three launches or four: new keys and values to their slots, decode, prefill, and
-what joins pieces of one sequence.
+a step for each kind of layer. Sequences that decode and begin with the same blocks attend to those together, which reads them
+once for all. Then a layer is some launches: new keys and values to their slots, shared prefixes, decode, prefill, and what joins
+pieces of one sequence.
+
+What launches read of a step lies at addresses that stay until there is more of it than there was room for (`generation`). So a
+CUDA graph of steps that only decode serves every later one with as many tokens and the same `CudaMetadata.signature`.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from streamkv.attention import KVSpec, LayerSpec, Limits, StepTensors
 from streamkv.errors import BackendError
@@ -19,21 +24,36 @@ from streamkv_backends.cuda.ops import CudaOps
 from streamkv_backends.cuda.pool import CudaKVPool
 from streamkv_kernels.attention import AttentionSpec
 from streamkv_kernels.attn_decode import DecodeAttention
-from streamkv_kernels.attn_prefill import PrefillAttention
+from streamkv_kernels.attn_prefill import PrefillAttention, SharedPrefix
 from streamkv_kernels.checks import aligned
 from streamkv_kernels.cuda_device import CudaDevice
 from streamkv_kernels.decode_plan import ROWS, DecodePlan
 from streamkv_kernels.device import Device
 from streamkv_kernels.emulated import EmulatedDevice
 from streamkv_kernels.kv_write import KVWriter
-from streamkv_kernels.prefill_plan import PrefillPlan
+from streamkv_kernels.prefill_plan import PrefillPlan, SharedPlan, shared_prefixes
+from streamkv_kernels.uploads import Room
 
 __all__ = ["CudaBackend", "CudaMetadata"]
 
 _HEAD_DIMS: Final = frozenset({64, 80, 96, 128, 256})
 _BLOCK_SIZES: Final = frozenset({16, 32, 64})
 _FEW_SEQS: Final = 64
-"""For how many sequences decode plans have room at first; it doubles when more come."""
+"""For how many sequences there is room at first; it doubles when more come. Alike the next two."""
+_FEW_TOKENS: Final = 8192
+_FEW_BLOCKS: Final = 1024
+"""Of a sequence."""
+
+Signature = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the kernels of one kind of layer do in a step; None = nothing."""
+
+    decode: DecodePlan | None
+    shared: SharedPlan | None
+    prefill: PrefillPlan | None
 
 
 class _Kind:
@@ -43,30 +63,58 @@ class _Kind:
         self.spec, self._device, self._place = spec, device, place
         self.decode = DecodeAttention(device, spec, max_seqs, place)
         self.prefill = PrefillAttention(device, spec, place=place)
+        self.shared = SharedPrefix(device, spec, place=place) if spec.window is None else None
 
-    def make_room(self, num_seqs: int) -> None:
-        if num_seqs > self.decode.max_seqs:
-            self.decode = DecodeAttention(self._device, self.spec, 2 * num_seqs, self._place)
+    def plan(self, query_start: NDArray[np.int32], seq_lens: NDArray[np.int32], tables: NDArray[np.int32], size: int) -> _Work:
+        """Divide a step; `size` is that of a block."""
+        query_lens = np.diff(query_start)
+        few = (query_lens <= max(1, ROWS // self.spec.group)) | (seq_lens == 0)
+        begins, shared = None, None
+        if self.shared is not None:
+            groups = shared_prefixes(tables, np.where(few, (seq_lens - query_lens) // size, 0))
+            if groups:
+                begins = np.zeros_like(seq_lens)
+                for members, blocks in groups:
+                    begins[members] = blocks * size
+                shared = self.shared.plan(groups, query_start, tables, size)
+        return _Work(
+            self.decode.plan(query_start, seq_lens, begins=begins, chosen=few) if few.any() else None,
+            shared,
+            None if few.all() else self.prefill.plan(query_lens, seq_lens, chosen=~few),
+        )
+
+    def load(self, work: _Work) -> bool:
+        """Make it what launches follow; whether one that only decodes finds something at another address than before."""
+        grew = [False]
+        if work.decode is not None:
+            if (num_seqs := len(work.decode.sequences)) > self.decode.max_seqs:
+                self.decode = DecodeAttention(self._device, self.spec, 2 * num_seqs, self._place)
+                grew.append(True)
+            self.decode.load(work.decode)
+        if work.shared is not None and self.shared is not None:
+            grew.append(self.shared.load(work.shared))
+        if work.prefill is not None:
+            self.prefill.load(work.prefill)
+        return any(grew)
 
 
 @dataclass(frozen=True, slots=True)
 class CudaMetadata:
-    """One step on the device.
+    """One step.
 
     Attributes:
-        query_start, seq_lens, block_tables, slots: `StepTensors`.
-        num_seqs: sequences, padding included.
+        tensors: `StepTensors`, on the CPU.
         covered: whether every row belongs to a sequence.
-        plans: for each kind of layer what its kernels do; None = nothing.
+        work: for each kind of layer.
+        signature: what a layer launches. Passes over equally many tokens and wanted rows that have the same one, and ran under
+            the same `CudaBackend.generation`, are the same launches with the same arguments. None = such as no other step's:
+            it prefills.
     """
 
-    query_start: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
-    slots: torch.Tensor
-    num_seqs: int
+    tensors: StepTensors
     covered: bool
-    plans: dict[AttentionSpec, tuple[DecodePlan | None, PrefillPlan | None]]
+    work: dict[AttentionSpec, _Work]
+    signature: Signature | None
 
 
 class CudaBackend:
@@ -98,6 +146,8 @@ class CudaBackend:
         self._kinds: dict[AttentionSpec, _Kind] = {}
         self._specs: list[AttentionSpec] = []  # of each layer
         self._loaded: CudaMetadata | None = None
+        self.generation = 0
+        """Counts how often something that launches read has got another address: CUDA graphs from before are worth nothing."""
 
     @property
     def limits(self) -> Limits:
@@ -116,30 +166,24 @@ class CudaBackend:
             kind: self._kinds.get(kind) or _Kind(self._device, kind, self._place, _FEW_SEQS)
             for kind in dict.fromkeys(self._specs)
         }
+        self._query_start = Room((_FEW_SEQS + 1,), torch.int32, self._place)
+        self._seq_lens = Room((_FEW_SEQS,), torch.int32, self._place)
+        self._block_tables = Room((_FEW_SEQS, min(spec.num_blocks, _FEW_BLOCKS)), torch.int32, self._place)
+        self._slots = Room((_FEW_TOKENS,), torch.int64, self._place)
+        self.generation += 1
         return self._pool
 
     def prepare(self, tensors: StepTensors) -> CudaMetadata:
         """Plan the step for each kind of layer, and bring its tensors to the device."""
         assert self._pool is not None, "allocate_kv comes first"
-        query_start, seq_lens = tensors.query_start.numpy(), tensors.seq_lens.numpy()
-        query_lens = np.diff(query_start)
-        plans: dict[AttentionSpec, tuple[DecodePlan | None, PrefillPlan | None]] = {}
-        for spec, kind in self._kinds.items():
-            kind.make_room(len(seq_lens))
-            few = (query_lens <= max(1, ROWS // spec.group)) | (seq_lens == 0)
-            plans[spec] = (
-                kind.decode.plan(query_start, seq_lens, chosen=few) if few.any() else None,
-                None if few.all() else kind.prefill.plan(query_lens, seq_lens, chosen=~few),
-            )
-        metadata = CudaMetadata(
-            query_start=self._placed(tensors.query_start),
-            seq_lens=self._placed(tensors.seq_lens),
-            block_tables=self._placed(tensors.block_tables),
-            slots=self._placed(tensors.slots),
-            num_seqs=len(seq_lens),
-            covered=int(query_start[-1]) == len(tensors.slots),
-            plans=plans,
-        )
+        query_start, seq_lens, tables = (part.numpy() for part in (tensors.query_start, tensors.seq_lens, tensors.block_tables))
+        size = self._pool.spec.block_size
+        work = {spec: kind.plan(query_start, seq_lens, tables, size) for spec, kind in self._kinds.items()}
+        covered = int(query_start[-1]) == len(tensors.slots)
+        signature: Signature | None = None
+        if not any(one.prefill for one in work.values()):
+            signature = (covered, *((one.decode is not None, one.shared and one.shared.launches) for one in work.values()))
+        metadata = CudaMetadata(tensors, covered, work, signature)
         self._load(metadata)
         return metadata
 
@@ -159,32 +203,33 @@ class CudaBackend:
             self._load(metadata)
         dtype, cache, spec = pool.spec.dtype, pool.caches[layer], self._specs[layer]
         kind = self._kinds[spec]
-        self._writer.write(_readable(key, dtype, 4), _readable(value, dtype, 4), metadata.slots, cache)
+        self._writer.write(_readable(key, dtype, 4), _readable(value, dtype, 4), self._slots.filled, cache)
         rows = _readable(query, dtype, 16)
         make = torch.empty if metadata.covered else torch.zeros
         out = make(query.shape, dtype=dtype, device=query.device)
         logits = sinks.float().contiguous() if sinks is not None else None
-        decode, prefill = metadata.plans[spec]
-        if decode is not None:
-            kind.decode.launch(rows, cache, metadata.block_tables, out, sinks=logits)
-        if prefill is not None:
-            tables = (metadata.block_tables, metadata.query_start, metadata.seq_lens)
+        work, block_tables = metadata.work[spec], self._block_tables.filled
+        prefix = kind.shared.launch(rows, cache) if work.shared is not None and kind.shared is not None else None
+        if work.decode is not None:
+            kind.decode.launch(rows, cache, block_tables, out, sinks=logits, prefix=prefix)
+        if work.prefill is not None:
+            tables = (block_tables, self._query_start.filled, self._seq_lens.filled)
             kind.prefill.launch(rows, cache, *tables, out, sinks=logits)
         return out.to(query.dtype)
 
     def _load(self, metadata: CudaMetadata) -> None:
-        """Make a step's plans the ones that launches follow."""
-        for spec, (decode, prefill) in metadata.plans.items():
-            kind = self._kinds[spec]
-            if decode is not None:
-                kind.make_room(metadata.num_seqs)
-                kind.decode.load(decode)
-            if prefill is not None:
-                kind.prefill.load(prefill)
+        """Make a step the one that launches follow, in stream order."""
+        tensors, size = metadata.tensors, self._pool.spec.block_size if self._pool is not None else 1
+        used = -(-int(tensors.seq_lens.max()) // size)  # of the tables' columns
+        grew = [
+            self._query_start.load(tensors.query_start),
+            self._seq_lens.load(tensors.seq_lens),
+            self._block_tables.load(tensors.block_tables[:, :used]),
+            self._slots.load(tensors.slots),
+            *(self._kinds[spec].load(work) for spec, work in metadata.work.items()),
+        ]
+        self.generation += any(grew)
         self._loaded = metadata
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.contiguous().to(self._place, non_blocking=True)
 
 
 def _attention_spec(layer: LayerSpec, dtype: torch.dtype) -> AttentionSpec:

@@ -67,7 +67,8 @@ def cascade(machine: Machine) -> Iterator[Row]:
     batch.tables[:, : shared // 16] = batch.tables[0, : shared // 16]
     plain = machine.seconds(decode_calls(machine, batch))
     prefix = SharedPrefix(machine.kernels, spec, place=machine.place)
-    prefix.load([(list(range(seqs)), shared // 16)], batch.query_start, batch.tables, 16)
+    groups = [(list(range(seqs)), shared // 16)]
+    prefix.load(prefix.plan(groups, batch.query_start, batch.tables.cpu().numpy(), 16))
     attention = DecodeAttention(machine.kernels, spec, seqs, machine.place)
     attention.load(attention.plan(batch.query_start, batch.seq_lens, begins=np.full(seqs, shared, dtype=np.int32)))
 

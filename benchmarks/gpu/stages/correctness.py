@@ -114,7 +114,7 @@ def _cascade(machine: Machine, batch: Paged) -> torch.Tensor:
     new = np.diff(batch.query_start)
     groups = shared_prefixes(batch.block_tables.numpy(), (batch.seq_lens - new) // 16)
     shared = SharedPrefix(machine.kernels, batch.spec, place=machine.place, max_rows=64)
-    shared.load(groups, batch.query_start, tables, 16)
+    shared.load(shared.plan(groups, batch.query_start, batch.block_tables.numpy(), 16))
     prefix = shared.launch(query, cache)
     begins = np.zeros(len(new), dtype=np.int32)
     for members, blocks in groups:
