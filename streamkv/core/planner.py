@@ -32,6 +32,8 @@ class Planner:
         """
         members: list[Request] = []
         chunks: list[Request] = []
+        if only is None and len(self._roster.running) > self._roster.max_running:
+            self._thin_out()
         may_admit = only is None and self._make_room()
         self._plan_decodes(step, members, chunks, only)
         chunks = _in_turn(chunks)
@@ -42,6 +44,10 @@ class Planner:
         if may_admit:
             self._admit(step, members)
         return members
+
+    def squeeze(self, max_tokens: int) -> None:
+        """Steps have no more tokens than this from now on, and so no more requests."""
+        self._budget = self._roster.max_running = max_tokens
 
     def _is_overtaken(self, request: Request) -> bool:
         """True if a waiting request of another tenant, whose turn it is, goes before this prompt in progress."""
@@ -90,7 +96,7 @@ class Planner:
         pool, running = self._cache.pool, len(self._roster.running)
         end = len(request.blocks) + max(0, pool.num_available - 2 * running)  # blocks; as many are left as `_make_room` needs
         most = min(
-            self._draft_rows - running - (step.num_tokens - len(step.rows)),
+            min(self._draft_rows, self._budget) - running - (step.num_tokens - len(step.rows)),
             end * self._cache.block_size - request.planned,
             request.limit - length - 1,
         )
@@ -147,6 +153,13 @@ class Planner:
             step.copies.extend(copies)
 
     # -- preemption -----------------------------------------------------------------------------------------------
+
+    def _thin_out(self) -> None:
+        """Preempt until no more compute than may, the least worth first. Who is parked computes nothing."""
+        guard, active = self._guard(), [r for r in self._roster.running.values() if not r.parked]
+        others = sorted((r for r in active if r is not guard), key=self._worth)
+        for victim in others[: max(0, len(active) - self._roster.max_running)]:
+            self._roster.preempt(victim)
 
     def _make_room(self) -> bool:
         """Preempt until the next token of everybody who runs fits, fenced blocks counted as coming.

@@ -74,6 +74,11 @@ class RecordingScheduler(Scheduler):
         self._log("abandon")
         return super().abandon()
 
+    def squeeze(self, max_tokens: int) -> None:
+        """Squeeze and record."""
+        self._log("squeeze", max_tokens=max_tokens)
+        super().squeeze(max_tokens)
+
 
 def replay(lines: Iterable[str]) -> Scheduler:
     """Carry out a recorded log on a new scheduler.
@@ -113,6 +118,8 @@ def replay(lines: Iterable[str]) -> Scheduler:
             case "abandon":
                 scheduler.abandon()
                 flight.clear()
+            case "squeeze":
+                scheduler.squeeze(record["max_tokens"])
             case other:
                 raise ReplayError(f"line {number}: unknown call {other!r}")
     return scheduler

@@ -27,6 +27,7 @@ class Roster:
         writing: digest -> the running request that will write that block.
         events: what happened since the last commit.
         drafting: id of the last step that checks drafts; -1 before.
+        max_running: most requests that may compute at once; fewer than there are rows only while memory is short.
     """
 
     def __init__(self, num_rows: int, cache: KVCache) -> None:
@@ -39,13 +40,16 @@ class Roster:
         self.events: list[Event] = []
         self.drafting = -1
         self.num_preemptions = self.num_prompt_tokens = self.num_cached_tokens = 0
-        self._num_rows = num_rows
+        self._num_rows = self.max_running = num_rows
         self._free_rows = list(range(num_rows - 1, -1, -1))
 
     @property
     def has_row(self) -> bool:
         """True if one more request could run."""
-        return bool(self._free_rows)
+        if self.max_running >= self._num_rows:
+            return bool(self._free_rows)
+        # Who is parked computes nothing, and must not keep the only place for ever.
+        return bool(self._free_rows) and sum(not request.parked for request in self.running.values()) < self.max_running
 
     # -- moves ----------------------------------------------------------------------------------------------------
 

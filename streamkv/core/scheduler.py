@@ -306,6 +306,15 @@ class Scheduler:
         flight.clear()
         return suspects
 
+    def squeeze(self, max_tokens: int) -> None:
+        """While memory is short, steps have no more tokens than this. Requests beyond that many are preempted by the next `plan`.
+
+        Args:
+            max_tokens: at least 1; `max_num_batched_tokens` ends it.
+        """
+        assert 1 <= max_tokens <= self.config.max_num_batched_tokens
+        self._planner.squeeze(max_tokens)
+
     # -- looking --------------------------------------------------------------------------------------------------
 
     @property

@@ -219,6 +219,7 @@ class World:
         self.events: list[Event] = []
         self.steps: list[Step] = []
         self.now = 0.0
+        self.most_tokens = config.max_num_batched_tokens
 
     def submit(self, name: str, prompt: list[int], max_tokens: int = 4, *, n: int = 1, **options: object) -> tuple[str, ...]:
         stop_ids, min_tokens = options.pop("stop_token_ids", frozenset()), options.pop("min_tokens", 0)
@@ -249,6 +250,8 @@ class World:
         step = self.scheduler.plan(self.now, only)
         if step is not None:
             self._check_deadlines(step)
+            # Every row has one token; what is more than that, prompts and drafts, keeps to the budget.
+            assert step.num_tokens <= max(self.most_tokens, len(step.rows)), "the step is too large"
             self.steps.append(step)
             self.flight.append((step, self.memory.run(step, fail=fail)))
         return step
@@ -297,6 +300,10 @@ class World:
             self._check_deadlines(skipped)
             self.memory.update(skipped)
         return self.scheduler.abandon()
+
+    def squeeze(self, max_tokens: int) -> None:
+        self.most_tokens = max_tokens
+        self.scheduler.squeeze(max_tokens)
 
     def cancel(self, request_id: str) -> None:
         event = self.scheduler.cancel(request_id)

@@ -115,6 +115,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.world.plan(only=frozenset(some))
             self.world.commit_all()
 
+    @rule(data=st.data())
+    def memory_is_short_or_is_not_any_more(self, data: st.DataObject) -> None:
+        self.world.squeeze(data.draw(st.integers(1, self.world.scheduler.config.max_num_batched_tokens)))
+
     @rule()
     def evict_everything(self) -> None:
         self.world.commit_all()

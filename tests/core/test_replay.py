@@ -23,6 +23,10 @@ def recorded() -> tuple[World, list[str]]:
         world.commit()
     world.cancel("r2")
     world.crash(ran=True, ahead=True)
+    world.squeeze(2)
+    world.plan()
+    world.commit()
+    world.squeeze(8)
     world.plan(fail=frozenset(world.scheduler.live_ids()[:1]))
     world.run()
     world.scheduler.credit("r1/0", 9)
@@ -38,7 +42,8 @@ def test_a_log_replays_to_the_same_steps_and_the_same_end() -> None:
     again = replay(lines)
     assert again.stats() == world.scheduler.stats()
     assert not again.live_ids()
-    assert {json.loads(line)["call"] for line in lines} == {"start", "submit", "plan", "commit", "cancel", "credit", "abandon"}
+    calls = {"start", "submit", "plan", "commit", "cancel", "credit", "abandon", "squeeze"}
+    assert {json.loads(line)["call"] for line in lines} == calls
 
 
 def test_another_policy_is_noticed_at_the_first_plan_that_differs() -> None:

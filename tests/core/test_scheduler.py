@@ -447,3 +447,52 @@ def test_a_fork_that_begins_otherwise_is_a_request_like_any_other() -> None:
     world.submit("orphan", [3, 2, 2], 2, fork_of="nobody")
     world.run()
     world.verify()
+
+
+def test_a_squeeze_keeps_steps_small_has_the_newest_wait_and_ends() -> None:
+    world = World(max_num_seqs=4, budget=32, num_blocks=64)
+    for index in range(4):
+        world.submit(f"r{index}", [1, 2, 3, index], 8)
+    world.run_once()
+    assert len(world.scheduler._roster.running) == 4
+    world.squeeze(2)
+    world.submit("r4", [5] * 9, 8)
+    for _ in range(3):
+        world.run_once()
+        assert world.steps[-1].num_tokens <= 2
+        assert list(world.scheduler._roster.running) == ["r0", "r1"]
+    world.squeeze(32)
+    world.run_once()
+    assert len(world.scheduler._roster.running) == 4
+    world.run()
+    world.verify()
+    assert set(world.reason) == {f"r{index}" for index in range(5)}
+
+
+def test_who_does_not_read_keeps_nobody_from_the_only_place_of_a_squeeze() -> None:
+    world = World(max_num_seqs=4, budget=32, num_blocks=64)
+    world.submit("parked", [1, 2, 3], 8, credit=1)
+    world.run_once()
+    world.squeeze(1)
+    world.submit("reads", [1, 2, 4], 8)
+    world.run()
+    assert set(world.reason) == {"reads"}
+    world.scheduler.credit("parked", 8)
+    world.run()
+    world.verify()
+    assert set(world.reason) == {"reads", "parked"}
+
+
+def test_who_reads_again_during_a_squeeze_waits_for_a_place() -> None:
+    world = World(max_num_seqs=4, budget=32, num_blocks=64)
+    for index in range(3):
+        world.submit(f"r{index}", [1, 2, 3, index], 8, credit=1 if index else None)
+    world.run_once()
+    world.squeeze(1)
+    for index in (1, 2):
+        world.scheduler.credit(f"r{index}", 8)
+    first = len(world.steps)
+    world.run()
+    world.verify()
+    assert set(world.reason) == {"r0", "r1", "r2"}
+    assert all(step.num_tokens == 1 for step in world.steps[first:])
