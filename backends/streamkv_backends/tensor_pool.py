@@ -11,7 +11,7 @@ import torch
 from streamkv.attention import KVSpec
 from streamkv.errors import BackendError
 
-__all__ = ["TensorPool"]
+__all__ = ["TensorPool", "zeroed"]
 
 
 class TensorPool:
@@ -29,13 +29,7 @@ class TensorPool:
         self._spec = spec
         self._device = device
         self._dim = block_dim
-        try:
-            self.layers = [_zeros(shape, spec.dtype, device) for shape in shapes]
-        except (RuntimeError, MemoryError) as error:
-            size = spec.num_blocks * spec.bytes_per_block
-            raise BackendError(
-                f"{size / 2**30:.1f} GiB for {spec.num_blocks} KV blocks cannot be allocated; ask for less"
-            ) from error
+        self.layers = zeroed(spec, device, shapes)
         self._by_block = [tensor.movedim(block_dim, 0) for tensor in self.layers]  # views: [num_blocks, ...]
 
     @property
@@ -74,6 +68,19 @@ class TensorPool:
 
     def _index(self, block_ids: list[int]) -> torch.Tensor:
         return torch.tensor(block_ids, dtype=torch.long, device=self._device)
+
+
+def zeroed(spec: KVSpec, device: torch.device, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """The tensors of a pool.
+
+    Raises:
+        BackendError: memory is short.
+    """
+    try:
+        return [_zeros(shape, spec.dtype, device) for shape in shapes]
+    except (RuntimeError, MemoryError) as error:
+        size = spec.num_blocks * spec.bytes_per_block
+        raise BackendError(f"{size / 2**30:.1f} GiB for {spec.num_blocks} KV blocks cannot be allocated; ask for less") from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

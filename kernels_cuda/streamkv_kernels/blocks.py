@@ -10,6 +10,7 @@ import torch
 
 from streamkv_kernels.checks import aligned, check, positive_multiple
 from streamkv_kernels.device import Argument, Device, Variant
+from streamkv_kernels.uploads import upload
 
 __all__ = ["BlockMover", "Pieces"]
 
@@ -147,7 +148,9 @@ class BlockMover:
         wrong = [block for block in block_ids if not 0 <= block < self.num_blocks]
         if wrong:
             raise ValueError(f"block_ids name block {wrong[0]} of a pool of {self.num_blocks}")
-        return torch.tensor(block_ids, dtype=torch.int64, device=self._pool.device)
+        ids = torch.empty(len(block_ids), dtype=torch.int64, device=self._pool.device)
+        upload(ids, torch.tensor(block_ids, dtype=torch.int64))
+        return ids
 
     def _side(self, ids: torch.Tensor) -> tuple[Argument, ...]:
         return self._pool, ids, self._pieces.block_stride, self._pieces.stride

@@ -10,7 +10,7 @@ __all__ = ["Room", "upload"]
 
 
 def upload(target: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Copy from the host in stream order. Nobody waits, and `numbers` may be overwritten at once.
+    """Copy from the host in stream order. Nobody waits, and `numbers` may be overwritten at once unless they are pinned.
 
     A GPU copies from pinned memory, which torch lends for the copy and does not lend again before it is done.
     """

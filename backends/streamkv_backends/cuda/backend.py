@@ -159,7 +159,7 @@ class CudaBackend:
         refusal = self.limits.refusal(spec)
         if refusal is not None:
             raise BackendError(refusal)
-        self._pool, self._loaded = CudaKVPool(spec, self._place), None
+        self._pool, self._loaded = CudaKVPool(spec, self._place, self._device), None
         self._writer = KVWriter(self._device, spec.dtype)
         self._specs = [_attention_spec(layer, spec.dtype) for layer in spec.layers]
         self._kinds = {

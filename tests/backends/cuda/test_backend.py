@@ -89,9 +89,8 @@ def test_more_sequences_than_there_was_room_for(backend: CudaBackend) -> None:
 
 def test_the_pool_has_a_block_in_one_piece(backend: CudaBackend) -> None:
     pool = backend.allocate_kv(KVSpec(3, 16, torch.float16, (LAYER, replace(LAYER, num_kv_heads=1))))
-    (storage,) = pool.layers
-    assert storage.shape == (3, 2 * 16 * 64 * 3)
-    assert storage.is_contiguous()
+    assert pool.blocks.shape == (3, 2 * 16 * 64 * 3)
+    assert pool.blocks.is_contiguous()
     assert [cache.keys.shape for cache in pool.caches] == [(3, 2, 16, 64), (3, 1, 16, 64)]
     pool.caches[1].values[2] = 7
     assert pool.read([2]).view(torch.float16).sum() == 7 * 16 * 64
