@@ -20,7 +20,7 @@ from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineClient, EngineInfo, EngineRequest
 from streamkv.engine.engine import InProcessEngine
-from streamkv.engine.thread import RunnerThread
+from streamkv.engine.thread import Done, RunnerThread
 from streamkv.runner.params import RowParams
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
@@ -51,15 +51,14 @@ class TimedRunner:
     def __init__(self, cost: Cost) -> None:
         self._cost = cost
 
-    def run(self, step: Step, _params: Mapping[int, RowParams]) -> Sampled:
+    def launch(self, step: Step, _params: Mapping[int, RowParams]) -> Done[Sampled]:
         """One step."""
         time.sleep(self._cost.step_s + self._cost.token_s * step.num_tokens)
-        return Sampled(
-            [
-                (256 + (step.id + row) % (VOCAB - 256),) if sampled else ()
-                for row, sampled in zip(step.rows, step.samples, strict=True)
-            ]
-        )
+        tokens = [
+            (256 + (step.id + row) % (VOCAB - 256),) if sampled else ()
+            for row, sampled in zip(step.rows, step.samples, strict=True)
+        ]
+        return Done(Sampled(tokens))
 
     def resume(self) -> None:
         """Nothing has failed."""

@@ -2,7 +2,8 @@
 
     loop:  plan step n+1  ->  hand it to the runner thread  ->  wait for step n  ->  commit n  ->  one batch of outputs
 
-While the runner computes, the event loop is free to send; while step n runs, step n + 1 is already planned and queued behind it.
+While the runner computes, the event loop is free to send; while step n runs, step n + 1 is already planned and queued behind it:
+on a processor in front of the runner, on a GPU behind it, so that the GPU goes from one step to the next without waiting.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from streamkv.engine.api import (
     check_wish,
 )
 from streamkv.engine.kv_view import take_kv_map
-from streamkv.engine.thread import RunnerThread
+from streamkv.engine.thread import Pending, RunnerThread
 from streamkv.errors import DrainingError, InvalidRequestError
 from streamkv.runner.params import RowExtra, RowParams
 from streamkv.sampling_params import Pooling, Sampling
@@ -51,8 +52,8 @@ log = structlog.get_logger(__name__)
 class Runner(Protocol):
     """What carries out steps; `streamkv.runner.model_runner.ModelRunner` in life, a fake in tests. Called in one thread."""
 
-    def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
-        """Carry out one step; after an exception every later step raises until `resume`."""
+    def launch(self, step: Step, params: Mapping[int, RowParams]) -> Pending[Sampled]:
+        """Carry out one step, or have a device begin; after an exception every later step raises until `resume`."""
 
     def resume(self) -> None:
         """Compute again."""
@@ -264,8 +265,10 @@ class InProcessEngine:
             await self._rest()
 
     def _start(self, step: Step) -> None:
-        params = self._row_params(step)
-        self._flight.append((step, self._thread.submit(self._runner.run, step, params)))
+        self._flight.append((step, self._launch(step)))
+
+    def _launch(self, step: Step) -> asyncio.Future[Sampled]:
+        return self._thread.launch(self._runner.launch, step, self._row_params(step))
 
     def _row_params(self, step: Step) -> dict[int, RowParams]:
         """By row, for whoever enters with this step."""
@@ -280,6 +283,8 @@ class InProcessEngine:
 
     async def _finish_oldest(self) -> None:
         step, future = self._flight[0]
+        if len(self._flight) == 1:
+            self._thread.flush()
         try:
             sampled = await future
         except Exception:
@@ -320,6 +325,7 @@ class InProcessEngine:
         Everything in flight is forgotten and planned again in halves, one after the other without look-ahead: first all
         suspects once more (a passing fault), then ever smaller groups. A group of one that fails is the offender.
         """
+        self._thread.flush()
         for _, future in self._flight:
             with contextlib.suppress(Exception):
                 await future  # successors come back skipped
@@ -349,9 +355,10 @@ class InProcessEngine:
         step = self._scheduler.plan(self._clock(), group)
         if step is None:
             return True
-        params = self._row_params(step)
+        launched = self._launch(step)
+        self._thread.flush()
         try:
-            sampled = await self._thread.submit(self._runner.run, step, params)
+            sampled = await launched
         except Exception as error:
             log.warning("step_failed_again", step=step.id, requests=len(group), error=repr(error))
             self._scheduler.abandon()

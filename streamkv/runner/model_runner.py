@@ -1,7 +1,13 @@
 """Carries out steps: tables, packed tensors, one forward pass, sampling.
 
 Everything here runs in the runner's one thread. A row is a request's fixed place in the tables below; what a step samples stays
-in `last_token`, so that the next step can name it as its input before anybody outside has seen it.
+in `last_token` on the device, so that the next step can name it as its input before anybody outside has seen it.
+
+    launch(n)       queues the step's computation; on a GPU it waits for nothing
+    launch(n + 1)   on a processor the result of n is collected before its forward pass, on a GPU behind it
+    collect(n)      waits for the tokens of n, and makes them part of their rows
+
+A step whose sampling depends on what was sampled before (penalties, processors) has the step before it collected first.
 """
 
 from __future__ import annotations
@@ -22,8 +28,9 @@ from streamkv.runner.params import RowExtra, RowParams
 from streamkv.runner.prompt_reader import HiddenTap, PromptReader, Range
 from streamkv.runner.recordings import Recordings
 from streamkv.runner.sampling_tables import RowSampler
+from streamkv.runner.transfer import HostCopy, upload
 
-__all__ = ["ModelRunner", "SkippedStepError"]
+__all__ = ["Launched", "ModelRunner", "SkippedStepError"]
 
 
 class SkippedStepError(RuntimeError):
@@ -35,19 +42,47 @@ class _Batch:
     """A step in arrays.
 
     Attributes:
-        rows, starts, counts: [num_seqs].
-        tokens, positions: [num_tokens].
+        rows, tenures, starts, counts: [num_seqs]; whose the rows were is told by their tenures.
+        tokens, positions: [num_tokens]; a token may be `PENDING`.
+        token_rows: [num_tokens], the row that each token belongs to.
         sampled: [num_sampled], entries that sample; one with drafts comes once for each of its tokens.
         places: [num_sampled], packed rows whose logits are sampled from.
     """
 
+    step_id: int
     rows: npt.NDArray[np.int64]
+    tenures: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     tokens: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
+    token_rows: npt.NDArray[np.int64]
     sampled: npt.NDArray[np.int64]
     places: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step whose tokens may still be on their way; `streamkv.engine.thread.Pending`.
+
+    Attributes:
+        tokens: [num_sampled] ids, and whether the logits were finite.
+        extras, failed: as `Sampled`, as far as they are known.
+    """
+
+    runner: ModelRunner
+    batch: _Batch
+    tokens: HostCopy
+    extras: dict[int, RowExtra]
+    failed: set[int]
+
+    def ready(self) -> bool:
+        """Whether `collect` would not wait."""
+        return self.tokens.ready()
+
+    def collect(self) -> Sampled:
+        """`ModelRunner.collect`."""
+        return self.runner.collect(self)
 
 
 class ModelRunner:
@@ -64,12 +99,14 @@ class ModelRunner:
         processors: Mapping[str, LogitsProcessor] | None = None,
         tap: HiddenTap | None = None,
         poison: bool = False,
+        late: bool | None = None,
         on_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """Set up empty tables.
 
         Args:
-            on_pass: called when a forward pass is about to begin.
+            on_pass: called in a launch when the step before may be collected.
+            late: whether that is behind the forward pass and not before it; None = on a GPU.
             processors: logits processors that requests may ask for, by name.
             tap: where the model's hidden states can be had; None = no request asks for a vector.
             poison: debug: fill every newly handed out block with NaN, so that a read of an unwritten slot is seen.
@@ -83,17 +120,21 @@ class ModelRunner:
         self._context = KVContext(backend)
         blocks_per_row = -(-max_model_len // self._block_size)
         self._tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, blocks_per_row), np.int32)
-        self._last_token: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)
+        self._tenures: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)  # how often a row was admitted to
+        self._remembers: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)  # rows that need their history to sample
+        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
+        self._late = model.device.type == "cuda" if late is None else late
         self._sampler = RowSampler(
             num_rows=max_num_seqs,
             max_len=max_model_len,
             vocab_size=model.vocab_size,
             device=model.device,
             processors=processors or {},
+            ops=backend.ops,
         )
         self._prompts = PromptReader()
         self._tap = tap
-        self._failed = False
+        self._failed_at: int | None = None  # the step that failed
         records = hasattr(backend, "replay") and backend.ops is not None and model.dtype is backend.ops.dtype
         self._recordings = Recordings(backend, self._ask_model) if records else None
 
@@ -104,11 +145,15 @@ class ModelRunner:
 
     def resume(self) -> None:
         """Compute again after a failed step; called once its successors have come back skipped."""
-        self._failed = False
+        self._failed_at = None
+
+    def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
+        """Launch one step, and collect it."""
+        return self.launch(step, params).collect()
 
     @torch.inference_mode()
-    def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
-        """Carry out one step.
+    def launch(self, step: Step, params: Mapping[int, RowParams]) -> Launched:
+        """Carry out one step, as far as the host has to: on a GPU its tokens are still to come.
 
         Args:
             step: steps come in the order of their ids.
@@ -119,19 +164,27 @@ class ModelRunner:
             Exception: whatever the model raised; later steps are skipped until `resume`.
         """
         self._take_over(step, params)
-        if self._failed:
-            raise SkippedStepError(f"step {step.id} was skipped")
         try:
+            self._see_that_none_failed(step.id)
             return self._compute(step)
-        except BaseException:
-            self._failed = True
+        except SkippedStepError:
             raise
+        except BaseException:
+            self._failed_at = step.id
+            raise
+
+    def _see_that_none_failed(self, step_id: int) -> None:
+        """Raise SkippedStepError if an earlier step has."""
+        if self._failed_at is not None and self._failed_at < step_id:
+            raise SkippedStepError(f"step {step_id} was skipped")
 
     def _take_over(self, step: Step, params: Mapping[int, RowParams]) -> None:
         """Tables, clears and copies: also for a step that is then skipped, because the next one builds on them."""
         for row, _ in step.admitted:
             self._sampler.admit(row, params[row])
             self._prompts.admit(row, params[row])
+            self._tenures[row] += 1
+            self._remembers[row] = params[row].sampling.needs_history
         for row, first, ids in step.tables:
             self._tables[row, first : first + len(ids)] = ids
         if step.clears:
@@ -153,7 +206,7 @@ class ModelRunner:
         if new:
             self._pool.fill(new, float("nan"))
 
-    def _compute(self, step: Step) -> Sampled:
+    def _compute(self, step: Step) -> Launched:
         batch = self._pack(step)
         ranges = self._prompts.ranges(batch.rows, batch.starts, batch.counts)
         keep = batch.places  # packed rows whose logits are wanted: first those that sample
@@ -161,9 +214,14 @@ class ModelRunner:
             keep = np.concatenate([keep, *(np.arange(part.first, part.first + part.end - part.start) for part in ranges)])
         if self._prompts.pools and self._tap is not None:
             self._tap.expect()
-        self._on_pass()
-        logits = self._forward(batch.tokens, batch.positions, keep)
-        return self._finish(batch, ranges, logits)
+        late = self._late and not self._remembers[batch.rows[batch.sampled]].any()
+        if not late:
+            self._on_pass()
+            self._see_that_none_failed(step.id)
+        launched = self._finish(batch, ranges, self._forward(batch.tokens, batch.positions, keep, batch.token_rows))
+        if late:
+            self._on_pass()
+        return launched
 
     def _pack(self, step: Step) -> _Batch:
         """The step as packed arrays; the backend is told of it."""
@@ -174,10 +232,6 @@ class ModelRunner:
         np.cumsum(counts, out=query_start[1:])
         entry = np.repeat(np.arange(len(rows)), counts)  # [num_tokens], which sequence a token belongs to
         positions = np.arange(len(entry)) - query_start[entry] + starts[entry]  # [num_tokens]
-        tokens = np.asarray(step.tokens, np.int64)  # [num_tokens]
-        pending = tokens == PENDING
-        if pending.any():
-            tokens = np.where(pending, self._last_token[rows[entry]], tokens)
         size = self._block_size
         blocks = self._tables[rows[entry], positions // size].astype(np.int64)
         seq_lens = (starts + counts).astype(np.int32)
@@ -194,18 +248,32 @@ class ModelRunner:
         sampled = np.repeat(np.arange(len(rows)), samples)
         # The last `samples` packed rows of each entry: its end, less how many of its own come behind.
         behind = np.cumsum(samples)[sampled] - np.arange(len(sampled))
-        return _Batch(rows, starts, counts, tokens, positions, sampled, query_start[1:].astype(np.int64)[sampled] - behind)
+        return _Batch(
+            step_id=step.id,
+            rows=rows,
+            tenures=self._tenures[rows],
+            starts=starts,
+            counts=counts,
+            tokens=np.asarray(step.tokens, np.int64),
+            positions=positions,
+            token_rows=rows[entry],
+            sampled=sampled,
+            places=query_start[1:].astype(np.int64)[sampled] - behind,
+        )
 
     def _forward(
         self,
         tokens: npt.NDArray[np.int64],
         positions: npt.NDArray[np.int64],
         keep: npt.NDArray[np.int64],
+        token_rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
         """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all."""
-        device = self._model.device
-        wanted = torch.from_numpy(keep) if len(keep) else torch.zeros(1, dtype=torch.long)
-        inputs = (torch.from_numpy(tokens)[None].to(device), torch.from_numpy(positions)[None].to(device), wanted.to(device))
+        wanted = keep if len(keep) else np.zeros(1, np.int64)
+        ids, places, kept, rows = upload([tokens, positions, wanted, token_rows], self._model.device)
+        if (tokens == PENDING).any():
+            ids = torch.where(ids == PENDING, self._last_token[rows], ids)
+        inputs = (ids[None], places[None], kept)
         if self._recordings is not None and not self._prompts.pools:
             logits = self._recordings.run(inputs, self._context.metadata)
         else:
@@ -223,29 +291,62 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _finish(self, batch: _Batch, ranges: list[Range], logits: torch.Tensor) -> Sampled:
+    def _finish(self, batch: _Batch, ranges: list[Range], logits: torch.Tensor) -> Launched:
         """Sample, and read what else is wanted. State changes last: a step that fails before leaves its rows as they were."""
         sampled = batch.sampled
         rows = batch.rows[sampled]
         own, of_prompts = logits[: len(sampled)], logits[len(sampled) :]
-        result: list[tuple[int, ...]] = [()] * len(batch.rows)
-        ids: list[int] = []
-        bad: set[int] = set()  # indices into `sampled`
-        extras: dict[int, RowExtra] = {}
+        extras = {
+            entry: RowExtra(prompt_logprobs=told)
+            for entry, told in self._prompts.launch_logprobs(ranges, of_prompts).read().items()
+        }
+        chosen: torch.Tensor | None = None
+        copy = HostCopy()
         if len(sampled):
-            chosen, finite = self._choose(rows, batch.positions[batch.places] + 1, own)
-            bad.update((~finite).nonzero().flatten().tolist())
-            for index, value in self._sampler.logprobs(rows, own, chosen, bad).items():
-                extras[int(sampled[index])] = RowExtra(value)
-            ids = chosen.tolist()
-        for entry, prompt in self._prompts.logprobs(ranges, of_prompts).items():
-            extras[entry] = replace(extras.get(entry, RowExtra()), prompt_logprobs=prompt)
-        kept = _kept(batch, ids)
-        failed = {int(sampled[index]) for index in bad if kept[index]}
+            chosen, finite = self._sampler.sample(rows, batch.positions[batch.places] + 1, own)
+            copy = HostCopy(chosen, finite)
+            bad = set((~finite).nonzero().flatten().tolist())
+            for index, value in self._sampler.launch_logprobs(rows, own, chosen).read(bad).items():
+                entry = int(sampled[index])
+                extras[entry] = replace(extras.get(entry, RowExtra()), logprobs=value)
+        failed: set[int] = set()
         for entry, vector in self._pooled(batch).items():
-            extras[entry] = replace(extras.get(entry, RowExtra()), embedding=vector.numpy().astype("<f4").tobytes())
+            extras[entry] = replace(extras.get(entry, RowExtra()), embedding=vector.cpu().numpy().astype("<f4").tobytes())
             if not bool(torch.isfinite(vector).all()):
                 failed.add(entry)
+        if chosen is not None:
+            self._remember(batch, chosen)
+        return Launched(self, batch, copy, extras, failed)
+
+    def _remember(self, batch: _Batch, chosen: torch.Tensor) -> None:
+        """Let the next step find what rows have sampled. Drafts are left out: a step after them knows what they came to."""
+        single = np.flatnonzero(np.bincount(batch.sampled, minlength=len(batch.rows))[batch.sampled] == 1)
+        if len(single) == len(chosen):
+            (rows,) = upload([batch.rows[batch.sampled]], chosen.device)
+        else:
+            places, rows = upload([single, batch.rows[batch.sampled[single]]], chosen.device)
+            chosen = chosen[places]
+        self._last_token.index_copy_(0, rows, chosen)
+
+    @torch.inference_mode()
+    def collect(self, launched: Launched) -> Sampled:
+        """What a step has sampled, once it is there.
+
+        Raises:
+            SkippedStepError: an earlier step has failed meanwhile.
+            Exception: the device has failed; later steps are skipped until `resume`.
+        """
+        batch, extras = launched.batch, launched.extras
+        sampled = batch.sampled
+        self._see_that_none_failed(batch.step_id)
+        try:
+            ids, finite = (copy.tolist() for copy in launched.tokens.wait()) if len(sampled) else ([], [])
+        except BaseException:
+            self._failed_at = batch.step_id
+            raise
+        kept = _kept(batch, ids)
+        failed = launched.failed | {int(sampled[index]) for index, good in enumerate(finite) if kept[index] and not good}
+        result: list[tuple[int, ...]] = [()] * len(batch.rows)
         for entry, token, keep in zip(sampled.tolist(), ids, kept, strict=True):
             if keep:
                 result[entry] += (token,)
@@ -253,24 +354,12 @@ class ModelRunner:
         return Sampled(result, frozenset(failed), extras)
 
     def _take(self, batch: _Batch, result: list[tuple[int, ...]]) -> None:
-        """What was sampled becomes part of its rows; most have one token, those behind right drafts more."""
+        """What was sampled becomes part of its rows, if they still are whose they were; most have one token, or none."""
+        own = batch.tenures == self._tenures[batch.rows]
         nth = 0
-        while entries := [entry for entry, tokens in enumerate(result) if len(tokens) > nth]:
-            rows, ids = batch.rows[entries], [result[entry][nth] for entry in entries]
-            self._sampler.append(rows, ids)
-            self._last_token[rows] = ids
+        while entries := [entry for entry, tokens in enumerate(result) if len(tokens) > nth and own[entry]]:
+            self._sampler.append(batch.rows[entries], [result[entry][nth] for entry in entries])
             nth += 1
-
-    def _choose(
-        self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], logits: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token per row, and whether its logits are finite."""
-        ops = self._backend.ops
-        if ops is not None and logits.dtype is ops.dtype and self._sampler.takes_the_most_probable(rows):
-            return ops.most_probable(logits)
-        # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
-        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))
-        return self._sampler.sample(rows, positions, logits), finite
 
     def _pooled(self, batch: _Batch) -> dict[int, torch.Tensor]:
         if not self._prompts.pools or self._tap is None:
@@ -293,7 +382,7 @@ class ModelRunner:
                 slots=torch.from_numpy(positions),
             )
         )
-        self._forward(np.zeros(num_tokens, np.int64), positions, positions)
+        self._forward(np.zeros(num_tokens, np.int64), positions, positions, np.zeros(num_tokens, np.int64))
 
 
 def _kept(batch: _Batch, ids: list[int]) -> list[bool]:

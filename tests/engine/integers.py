@@ -18,7 +18,7 @@ from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineInfo, EngineRequest
 from streamkv.engine.engine import InProcessEngine
-from streamkv.engine.thread import RunnerThread
+from streamkv.engine.thread import Done, RunnerThread
 from streamkv.runner.params import RowExtra, RowParams
 from streamkv.runner.prompt_reader import PromptReader
 from streamkv.sampling_params import PromptLogprobs, Sampling, TokenLogprobs
@@ -41,7 +41,10 @@ class IntegerRunner:
         self.steps = 0
         self._failed = False
 
-    def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
+    def launch(self, step: Step, params: Mapping[int, RowParams]) -> Done[Sampled]:
+        return Done(self._run(step, params))
+
+    def _run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
         assert self.gate.wait(60), "a test forgot to open the gate"
         self.threads.add(threading.current_thread().name)
         self.steps += 1

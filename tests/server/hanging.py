@@ -23,7 +23,7 @@ from streamkv.core.scheduler import Scheduler
 from streamkv.core.step import Sampled, Step
 from streamkv.engine.api import EngineInfo, EngineRequest, Sampling
 from streamkv.engine.engine import InProcessEngine
-from streamkv.engine.thread import RunnerThread
+from streamkv.engine.thread import Done, RunnerThread
 from streamkv.server.watchdog import Watchdog
 
 COMPUTING = 4.0
@@ -89,10 +89,10 @@ class Runner:
 
     def resume(self) -> None: ...
 
-    def run(self, step: Step, _params: Any) -> Sampled:
+    def launch(self, step: Step, _params: Any) -> Done[Sampled]:
         self.count += 1
         self._misbehave()
-        return Sampled([(7,) if sampled else () for sampled in step.samples])
+        return Done(Sampled([(7,) if sampled else () for sampled in step.samples]))
 
     def _misbehave(self) -> None:
         in_forward: dict[str, Callable[[], None]] = {
