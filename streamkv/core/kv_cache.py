@@ -21,6 +21,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from streamkv.core.block_pool import BlockPool, Parent
+from streamkv.core.host_slots import HostSlots, Saved
 from streamkv.core.request import Request
 from streamkv.core.step import Miss
 
@@ -33,12 +34,14 @@ class Hit(NamedTuple):
     Attributes:
         blocks: whole blocks to share.
         source: block to copy for the part after them; -1 = none.
-        partial: number of tokens that the copy saves.
+        partial: number of tokens that the copy saves, or the slots.
+        slots: host slots to fill further blocks from, in place of a copy.
     """
 
     blocks: list[int]
     source: int = -1
     partial: int = 0
+    slots: tuple[int, ...] = ()
 
 
 class KVCache:
@@ -52,6 +55,8 @@ class KVCache:
         fingerprint: str = "",
         enable_prefix_caching: bool = True,
         digest_size: int = 32,
+        num_host_slots: int = 0,
+        swap_block_tokens: float = 0.0,
     ) -> None:
         """Make all blocks.
 
@@ -61,10 +66,13 @@ class KVCache:
             fingerprint: everything that makes KV differ for equal tokens: model, KV dtype, adapter.
             enable_prefix_caching: False = nothing is hashed, published or hit.
             digest_size: bytes kept of each SHA-256; tests use 1 to force collisions.
+            num_host_slots: blocks of preempted requests that the host can keep.
+            swap_block_tokens: prompt tokens computed in the time in which a block moves to the host and back.
         """
         if block_size < 1:
             raise ValueError("block_size must be at least 1")
         self.pool = BlockPool(num_blocks)
+        self.host = HostSlots(num_host_slots, swap_block_tokens)
         self.block_size = block_size
         self._fingerprint = fingerprint
         self._enabled = enable_prefix_caching
@@ -98,7 +106,14 @@ class KVCache:
     # -- admission ------------------------------------------------------------------------------------------------
 
     def lookup(self, request: Request) -> Hit:
-        """Longest cached prefix of the request's tokens, never all of them. Changes nothing; keys must be extended."""
+        """Longest cached prefix of the request's tokens, never all of them, and what the host keeps behind it.
+
+        Changes nothing; keys must be extended.
+        """
+        hit = self._find(request)
+        return hit if request.saved is None else self._with_saved(request, hit, request.saved)
+
+    def _find(self, request: Request) -> Hit:
         root = request.root
         if root is None:
             return Hit([])
@@ -110,6 +125,15 @@ class KVCache:
         parent: Parent = self.pool.serial(blocks[-1]) if blocks else root
         source, partial = self.pool.match_partly(parent, array("i", rest).tobytes())
         return Hit(blocks, source, partial)
+
+    def _with_saved(self, request: Request, hit: Hit, saved: Saved) -> Hit:
+        """The slots behind the whole blocks of a hit; none if they begin later, or the cache has as much."""
+        num_blocks, size = len(hit.blocks), self.block_size
+        assert saved.tokens < len(request.tokens), f"the host keeps the last token of {request}"
+        rest = saved.tokens - num_blocks * size
+        if num_blocks < saved.first or rest <= hit.partial:
+            return hit
+        return Hit(hit.blocks, partial=rest, slots=saved.slots[num_blocks - saved.first :])
 
     def blocks_to_admit(self, request: Request, hit: Hit) -> int:
         """How many available blocks it takes to admit `request` with `hit` and hold all its tokens."""
@@ -133,6 +157,12 @@ class KVCache:
         request.parent = pool.serial(blocks[-1]) if blocks else request.root
         request.computed = request.planned = len(blocks) * self.block_size + hit.partial
         self._holders[request.id] = request
+        if hit.slots:
+            filled = [pool.allocate(request.tenant) for _ in hit.slots]
+            blocks.extend(filled)
+            self.host.restore(request, hit.slots, filled)
+            return []
+        self.host.drop(request)
         if hit.source < 0:
             return []
         target = pool.allocate(request.tenant)  # may evict the source itself: then the content is in place already
@@ -239,6 +269,29 @@ class KVCache:
         request.published = full
         return [digest for digest, _ in done]
 
+    def save(self, request: Request, step_id: int) -> None:
+        """Before a preempted request loses its blocks: have step `step_id` move to the host what nobody else keeps.
+
+        Not if there is no room, or if computing it again is cheaper. It counts what steps in flight write: the step runs behind
+        them, and if one of them fails it is lost with them.
+        """
+        if not self._may_save(request):
+            return
+        count = self.pool.count
+        end = -(-request.planned // self.block_size)
+        first = next((index for index in range(end) if count(request.blocks[index]) == 1), end)
+        own = self.own_tokens(request)
+        if self.host.cost(end - first, own) < own:
+            self.host.save(request, first, request.blocks[first:end], step_id)
+
+    def _may_save(self, request: Request) -> bool:
+        return self.host.num_slots > 0 and request.use_cache
+
+    def cost(self, request: Request) -> float:
+        """What it takes to bring the request back should it lose its blocks, in tokens to compute."""
+        own = self.own_tokens(request)
+        return self.host.cost(-(-own // self.block_size), own) if self._may_save(request) else own
+
     def free(self, request: Request, fence: int | None) -> None:
         """Take all blocks from a request, tail first.
 
@@ -312,6 +365,7 @@ class KVCache:
                 owners[block_id] = owners.get(block_id, 0) + 1
         assert self.num_fenced == sum(len(ids) for _, ids, _ in self._fences), "fenced blocks are miscounted"
         self.pool.check(owners)
+        self.host.check()
         pool = self.pool
         assert pool.num_free + pool.num_cached + pool.num_used == pool.num_blocks, "a block is lost"
         for request in self._holders.values():

@@ -33,8 +33,8 @@ class Planner:
         members: list[Request] = []
         chunks: list[Request] = []
         if only is None and len(self._roster.running) > self._roster.max_running:
-            self._thin_out()
-        may_admit = only is None and self._make_room()
+            self._thin_out(step)
+        may_admit = only is None and self._make_room(step)
         self._plan_decodes(step, members, chunks, only)
         chunks = _in_turn(chunks)
         for position, request in enumerate(chunks):
@@ -154,14 +154,14 @@ class Planner:
 
     # -- preemption -----------------------------------------------------------------------------------------------
 
-    def _thin_out(self) -> None:
+    def _thin_out(self, step: Step) -> None:
         """Preempt until no more compute than may, the least worth first. Who is parked computes nothing."""
         guard, active = self._guard(), [r for r in self._roster.running.values() if not r.parked]
         others = sorted((r for r in active if r is not guard), key=self._worth)
         for victim in others[: max(0, len(active) - self._roster.max_running)]:
-            self._roster.preempt(victim)
+            self._roster.preempt(victim, step)
 
-    def _make_room(self) -> bool:
+    def _make_room(self, step: Step) -> bool:
         """Preempt until the next token of everybody who runs fits, fenced blocks counted as coming.
 
         Returns:
@@ -181,7 +181,7 @@ class Planner:
             if victim is None:
                 break  # only the guard is left; it fits, or it would have been refused
             needed -= demand[victim.id]
-            self._roster.preempt(victim)
+            self._roster.preempt(victim, step)
         return enough
 
     def _demand(self, request: Request, guard: Request | None) -> int:
@@ -206,12 +206,12 @@ class Planner:
         parked = [r for r in self._roster.running.values() if r.parked and r.last_step < step.id]
         if not parked:
             return False
-        self._roster.preempt(min(parked, key=self._worth))
+        self._roster.preempt(min(parked, key=self._worth), step)
         return True
 
-    def _worth(self, request: Request) -> tuple[int, int, int, int]:
-        """The least is preempted first: lowest priority, tenant that has had most, least to recompute, youngest."""
-        return (-request.priority, -request.account.served, self._cache.own_tokens(request), -request.arrival)
+    def _worth(self, request: Request) -> tuple[int, int, float, int]:
+        """The least is preempted first: lowest priority, tenant that has had most, cheapest to bring back, youngest."""
+        return (-request.priority, -request.account.served, self._cache.cost(request), -request.arrival)
 
     # -- admission ------------------------------------------------------------------------------------------------
 
@@ -258,7 +258,8 @@ class Planner:
 
     def _written_by_others(self, request: Request) -> bytes | None:
         """Digest of the last of the consecutive blocks after the request's hit that a running request is writing."""
-        hit = len(self._cache.lookup(request).blocks)
+        found_here = self._cache.lookup(request)
+        hit = len(found_here.blocks) + len(found_here.slots)
         last = (len(request.tokens) - 1) // self._cache.block_size
         found: bytes | None = None
         for digest, _ in request.keys[hit:last]:

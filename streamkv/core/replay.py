@@ -37,6 +37,8 @@ class RecordingScheduler(Scheduler):
             num_blocks=cache.pool.num_blocks,
             block_size=cache.block_size,
             caching=cache.root("") is not None,
+            num_host_slots=cache.host.num_slots,
+            swap_block_tokens=cache.host.block_tokens,
         )
 
     def _log(self, call: str, **arguments: Any) -> None:
@@ -91,7 +93,13 @@ def replay(lines: Iterable[str]) -> Scheduler:
     """
     records = (json.loads(line) for line in lines)
     start = next(records)
-    cache = KVCache(start["num_blocks"], start["block_size"], enable_prefix_caching=start["caching"])
+    cache = KVCache(
+        start["num_blocks"],
+        start["block_size"],
+        enable_prefix_caching=start["caching"],
+        num_host_slots=start["num_host_slots"],
+        swap_block_tokens=start["swap_block_tokens"],
+    )
     scheduler = Scheduler(SchedulerConfig(**start["config"]), cache)
     flight: list[Step] = []
     for number, record in enumerate(records, 2):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from streamkv.core.host_slots import Saved
 from streamkv.core.lookup import PromptLookup
 
 __all__ = ["TRANSITIONS", "Account", "IllegalTransitionError", "Request", "State", "StopRule"]
@@ -111,6 +112,8 @@ class Request:
         limit: `len(tokens)` at which the request ends by length; who only computes its prompt samples one token, dropped.
         num_preemptions: how often it lost its blocks.
         chunks: steps that computed more than its next token: until its first output, those of its prompt.
+        use_cache: False = every token that is not there has to be computed: neither found nor moved in from the host.
+        saved: what the host keeps of it while it is preempted. Owner: host slots.
         salt: of its prefix cache.
         tenant: who sent it; takes turns with others, and has its share of the cache.
         account: of its tenant. Written once, when it is queued.
@@ -144,11 +147,13 @@ class Request:
         "root",
         "row",
         "salt",
+        "saved",
         "shared",
         "state",
         "stop",
         "tenant",
         "tokens",
+        "use_cache",
     )
     account: Account
 
@@ -162,6 +167,7 @@ class Request:
         priority: int = 0,
         credit: int | None = None,
         root: bytes | None = None,
+        use_cache: bool = True,
         salt: str = "",
         tenant: str = "",
         leader: Request | None = None,
@@ -177,6 +183,8 @@ class Request:
         self.arrival = arrival
         self.credit = credit
         self.root = root
+        self.use_cache = use_cache
+        self.saved: Saved | None = None
         self.salt = salt
         self.tenant = tenant
         self.leader = leader

@@ -77,8 +77,9 @@ class Roster:
             step.tables.append((request.row, 0, tuple(request.blocks)))
         step.copies.extend(copies)
 
-    def preempt(self, request: Request) -> None:
-        """Take row and blocks from a running request; it waits again."""
+    def preempt(self, request: Request, step: Step) -> None:
+        """Take row and blocks from a running request; it waits again. `step` is being planned, and moves out what is saved."""
+        self.cache.save(request, step.id)
         self._leave(request, State.PREEMPTED)
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -93,6 +94,7 @@ class Roster:
             request.move(State.FINISHED)
             self.waiting.drop(request)
             self.waiting.release(request.id)
+            self.cache.host.drop(request)
         self.waiting.leave(request)
         request.leader = None
         del self.live[request.id]
@@ -137,7 +139,9 @@ class Roster:
             assert request.computed < len(request.tokens) or request.pending, f"{request} has nothing to do"
         waiting = self.waiting.check()
         assert waiting | set(self.running) == set(self.live), "a request is lost"
+        assert all(r.state is State.PREEMPTED for r in self.cache.host.holders()), "the host keeps what nobody waits for"
         assert all(r.state is State.RUNNING and r.keys for r in self.writing.values()), "a dead request is said to write"
         if not self.live and not self.flight:
             assert not self.waiting.held, "somebody is held back by nobody"
             assert not self.cache.pool.num_used, "blocks leak"
+            assert not self.cache.host.num_used, "host slots leak"

@@ -9,9 +9,9 @@ Policy, in the order `plan` applies it (`streamkv.core.planner`):
 
 1. Every running request that decodes gets one token, then prompts in progress share what is left of the token budget, those
    of the tenant that has had least first.
-2. If their blocks do not fit, victims lose theirs (recompute later): parked ones first, then the lowest priority, then the
-   tenant that has had most, then the least to recompute. The first in rank that can run is never a victim, so somebody
-   always finishes.
+2. If their blocks do not fit, victims lose theirs: parked ones first, then the lowest priority, then the tenant that has had
+   most, then the cheapest to bring back. What they held is computed again later, or moved to host slots and back if that is
+   cheaper and there is room. The first in rank that can run is never a victim, so somebody always finishes.
 3. Waiting requests are admitted while a row, budget and blocks for all their tokens are there: the highest priority first, then
    the tenant that has had least, then whoever came first. One that shares an uncached prefix with a running request is held
    back until that has written it. Nothing of a request is computed once its deadline has passed.
@@ -53,6 +53,9 @@ class SchedulerStats(NamedTuple):
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    host_slots_used: int = 0
 
 
 class Scheduler:
@@ -114,6 +117,7 @@ class Scheduler:
                 priority=priority if self.config.policy == "priority" else 0,
                 credit=credit,
                 root=root,
+                use_cache=use_cache,
                 salt=salt,
                 tenant=tenant,
                 leader=leader if shared else None,
@@ -185,12 +189,14 @@ class Scheduler:
             return None  # how far its requests have come is known when it has ended
         step = Step(self._next_step, now)
         self.cache.pool.now = now
+        self.cache.host.begin()
         members = self._planner.plan(step, only)
         if not members:
             assert not step.tables, "a step without rows changed tables"
             return None
         step.clears.extend(self._clears)
         self._clears.clear()
+        self.cache.host.move(step)
         self._next_step += 1
         flight.append((step, members))
         return step
@@ -303,6 +309,7 @@ class Scheduler:
                     request.planned = request.computed
         if flight:
             self.cache.lift(flight[-1][0].id)
+            self.cache.host.lose(flight[0][0].id)
         flight.clear()
         return suspects
 
@@ -355,6 +362,9 @@ class Scheduler:
             self._drafts,
             self._draft_tokens,
             self._accepted_tokens,
+            self.cache.host.num_out,
+            self.cache.host.num_in,
+            self.cache.host.num_used,
         )
 
     def check(self) -> None:

@@ -22,11 +22,15 @@ class Step:
 
     A *row* is a running request's fixed place in the runner's tables. A runner must, in this order:
 
-    1. fill the blocks in `clears` with zeros,
-    2. carry out `copies`: all sources are read before any destination is written,
-    3. take over `admitted` (row, request id) and `tables` (row, first index, block ids) into its tables,
-    4. compute, for each entry i, `counts[i]` tokens of row `rows[i]` from position `starts[i]` on,
-    5. sample a token after each of the last `samples[i]` of them: one, or as many as a draft has tokens and one more.
+    1. carry out `swap_out` (block, host slot): what the block holds goes to the slot, before anything here overwrites it,
+    2. fill the blocks in `clears` with zeros,
+    3. carry out `copies`: all sources are read before any destination is written,
+    4. carry out `swap_in` (block, host slot): what the slot holds goes to the block,
+    5. take over `admitted` (row, request id) and `tables` (row, first index, block ids) into its tables,
+    6. compute, for each entry i, `counts[i]` tokens of row `rows[i]` from position `starts[i]` on,
+    7. sample a token after each of the last `samples[i]` of them: one, or as many as a draft has tokens and one more.
+
+    The first five also for a step that is skipped because an earlier one failed: later ones build on them.
 
     A *draft* is what may come after a row's last token: an entry with drafts has its last token and the drafts as input. A token
     that was sampled is kept while the drafts before it were what was sampled before them, so that one at least is kept.
@@ -48,6 +52,8 @@ class Step:
     tables: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     clears: list[int] = field(default_factory=list)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

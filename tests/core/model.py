@@ -55,9 +55,10 @@ def reference(prompt: list[int], request_id: str, stop: StopRule) -> tuple[list[
 class SlotMemory:
     """Carries out steps as `Step` says a runner must."""
 
-    def __init__(self, num_blocks: int, block_size: int, num_rows: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, num_rows: int, num_host_slots: int = 0) -> None:
         self.block_size = block_size
         self.slots: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.host: list[list[int | None]] = [[None] * block_size for _ in range(num_host_slots)]
         self.tables: list[list[int]] = [[] for _ in range(num_rows)]
         self.names = [""] * num_rows
         self.last = [PENDING] * num_rows
@@ -91,12 +92,16 @@ class SlotMemory:
 
     def update(self, step: Step) -> None:
         """Everything of a step but the computation: also done for a step that is skipped after a failure."""
+        for block, slot in step.swap_out:
+            self.host[slot] = list(self.slots[block])
         for block in step.clears:
             self.slots[block] = [None] * self.block_size
         # A fork may copy its leader's tail while that is being spoiled: behind what the copy is for, and overwritten.
         contents = [[None if value == NAN else value for value in self.slots[source]] for source, _ in step.copies]
         for (_, target), content in zip(step.copies, contents, strict=True):
             self.slots[target] = content
+        for block, slot in step.swap_in:
+            self.slots[block] = list(self.host[slot])
         for row, name in step.admitted:
             self.names[row] = name
             self.doomed.discard(name)
@@ -198,8 +203,17 @@ class World:
         caching: bool = True,
         max_queued_requests: int = 1000,
         draft_rows: int = 0,
+        num_host_slots: int = 0,
+        swap_block_tokens: float = 0.0,
     ) -> None:
-        cache = KVCache(num_blocks, block_size, enable_prefix_caching=caching, digest_size=digest_size)
+        cache = KVCache(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=caching,
+            digest_size=digest_size,
+            num_host_slots=num_host_slots,
+            swap_block_tokens=swap_block_tokens,
+        )
         config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(budget, max_num_seqs),
@@ -209,7 +223,7 @@ class World:
             draft_rows=min(draft_rows, max(budget, max_num_seqs)),
         )
         self.scheduler = Scheduler(config, cache)
-        self.memory = SlotMemory(num_blocks, block_size, max_num_seqs)
+        self.memory = SlotMemory(num_blocks, block_size, max_num_seqs, num_host_slots)
         self.flight: list[tuple[Step, Sampled]] = []
         self.asked: dict[str, tuple[list[int], StopRule]] = {}
         self.begun: set[str] = set()

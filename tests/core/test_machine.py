@@ -27,6 +27,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         digest_size=st.sampled_from([1, 32]),
         caching=st.sampled_from([True, True, True, False]),
         draft_rows=st.sampled_from([0, 3, 32]),
+        num_host_slots=st.sampled_from([0, 0, 1, 5, 40]),
+        swap_block_tokens=st.sampled_from([0.0, 0.0, 1.5]),
     )
     def start(self, **options: object) -> None:
         self.world = World(**options)  # type: ignore[arg-type]  # drawn by name
