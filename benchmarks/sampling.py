@@ -138,8 +138,8 @@ def _ours(asked: dict[str, Any], logits: torch.Tensor) -> Run:
     rows, positions = np.arange(count), np.full(count, LENGTH, np.int64)
 
     def run() -> None:
-        tokens = sampler.sample(rows, positions, logits)
-        sampler.logprobs(rows, logits, tokens)
+        tokens, _ = sampler.sample(rows, positions, logits)
+        sampler.launch_logprobs(rows, logits, tokens).read()
         sampler.append(rows, tokens.tolist())
         positions[:] += 1
 

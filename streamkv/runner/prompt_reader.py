@@ -15,10 +15,10 @@ import torch
 
 from streamkv.runner.hook import Probe
 from streamkv.runner.params import RowParams
-from streamkv.runner.sampling_logprobs import position_logprobs
+from streamkv.runner.sampling_logprobs import PositionLogprobs, launch_logprobs
 from streamkv.sampling_params import PromptLogprobs
 
-__all__ = ["HiddenTap", "PromptReader", "Range"]
+__all__ = ["HiddenTap", "LaunchedPrompts", "PromptReader", "Range"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,17 @@ class Range:
     start: int
     end: int
     first: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedPrompts:
+    """Log-probabilities of prompt tokens that nobody has waited for yet: of each range its entry, its first token's position."""
+
+    parts: list[tuple[int, int, PositionLogprobs]]
+
+    def read(self) -> dict[int, PromptLogprobs]:
+        """By entry; waits for the device."""
+        return {entry: PromptLogprobs(first, tuple(told.read())) for entry, first, told in self.parts}
 
 
 class PromptReader:
@@ -71,25 +82,22 @@ class PromptReader:
                 found.append(Range(entry, row, start, end, int(firsts[entry]) + start - chunk))
         return found
 
-    def logprobs(self, found: list[Range], logits: torch.Tensor) -> dict[int, PromptLogprobs]:
-        """Read the logits of all ranges, one after the other.
+    def launch_logprobs(self, found: list[Range], logits: torch.Tensor) -> LaunchedPrompts:
+        """Work on the logits of all ranges, one after the other. Waits for nothing on a GPU.
 
         Args:
-            logits: [sum of the ranges' lengths, vocab_size].
-
-        Returns:
-            By entry.
+            logits: [sum of the ranges' lengths, vocab_size]; not needed any more once this has returned.
         """
-        result: dict[int, PromptLogprobs] = {}
+        parts: list[tuple[int, int, PositionLogprobs]] = []
         at = 0
         for part in found:
             params = self._scored[part.row]
             length = part.end - part.start
             tokens = torch.tensor(params.tokens[part.start + 1 : part.end + 1], dtype=torch.long, device=logits.device)
-            entries = position_logprobs(logits[at : at + length], tokens, params.prompt_logprobs or 0)
-            result[part.entry] = PromptLogprobs(part.start + 1, tuple(entries))
+            told = launch_logprobs(logits[at : at + length], tokens, params.prompt_logprobs or 0)
+            parts.append((part.entry, part.start + 1, told))
             at += length
-        return result
+        return LaunchedPrompts(parts)
 
     def pool(
         self,
@@ -104,7 +112,7 @@ class PromptReader:
             hidden: [num_tokens, hidden_size], after the model's last norm.
 
         Returns:
-            By entry, for prompts that are complete: [hidden_size] float32 on the CPU.
+            By entry, for prompts that are complete: [hidden_size] float32, on the model's device.
         """
         result: dict[int, torch.Tensor] = {}
         firsts = np.cumsum(counts) - counts
@@ -117,14 +125,14 @@ class PromptReader:
             complete = start + count == params.num_prompt
             if params.pooling == "last":
                 if complete:
-                    result[entry] = chunk[-1].cpu()
+                    result[entry] = chunk[-1].clone()
                 continue
             total = chunk.sum(dim=0)
             if start:
                 total += self._sums[row]
             self._sums[row] = total
             if complete:
-                result[entry] = (total / params.num_prompt).cpu()
+                result[entry] = total / params.num_prompt
         return result
 
 

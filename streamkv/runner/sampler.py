@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from streamkv.runner.sampling_cuts import LISTED, Cuts, pick, thresholds
+from streamkv.runner.sampling_cuts import LISTED, Cuts, looking_is_free, pick, thresholds
 
 __all__ = ["CHUNK", "draw", "inverse_cdf", "largest_chunks", "most_probable", "num_chunks", "softmax"]
 
@@ -60,6 +60,9 @@ def draw(logits: torch.Tensor, maxima: torch.Tensor, cuts: Cuts, uniforms: torch
     chosen, candidates = largest_chunks(logits, maxima, _CHOSEN)
     probabilities = softmax(logits) if cuts.wide else None
     low, high = thresholds(logits, candidates.flatten(1), cuts, probabilities)
+    if not looking_is_free(logits.device):
+        weights = softmax(logits) if probabilities is None else probabilities
+        return inverse_cdf(_keep(weights, logits, low, high, cuts), uniforms)
     tokens = torch.empty_like(chosen[:, 0])
     # Most rows can be finished in the chosen chunks: no other one holds a kept token.
     few = (maxima >= low[:, None]).sum(dim=-1) <= chosen.shape[-1]

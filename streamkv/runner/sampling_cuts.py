@@ -2,7 +2,8 @@
 
 The kept set of a row is an interval of its logits: top-k, top-p and min-p cut from below, and typical-p keeps what is within a
 distance of the expected surprise. Logits that equal an end of the interval are kept, all of them. The ends are looked for among
-the largest few logits of a row, and only where these do not tell is the row sorted.
+the largest few logits of a row, and only where these do not tell is the row sorted; on a GPU, which would have to be asked
+whether they do, all rows are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final
 import numpy as np
 import torch
 
-__all__ = ["LISTED", "Cuts", "pick", "thresholds"]
+__all__ = ["LISTED", "Cuts", "looking_is_free", "pick", "thresholds"]
 
 LISTED: Final = 64
 """Logits per row among which the cuts are looked for first."""
@@ -26,6 +27,11 @@ _SORTED: Final = 2**17
 
 _NEGLIGIBLE: Final = -200.0
 """A logit this far below the largest has no weight in float32; -inf times 0 would be no number."""
+
+
+def looking_is_free(device: torch.device) -> bool:
+    """Whether the host may look at numbers on the device: a GPU would first have to finish all that is queued."""
+    return device.type == "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,9 @@ def thresholds(
         Two of [num_rows] float32; -inf and +inf where nothing is cut.
     """
     width = logits[0].numel()
+    if not looking_is_free(logits.device):
+        low, high, _ = _cut(_Listing(_largest(logits.flatten(1), width), width, None), cuts)
+        return low, high
     totals = None if probabilities is None else _totals(logits, probabilities, cuts)
     low, high, known = _cut(_Listing(_largest(candidates, LISTED), width, totals), cuts)
     for count in (_MORE, width):

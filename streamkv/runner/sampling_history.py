@@ -60,6 +60,10 @@ class PenaltyTables:
         self._tokens[row, : len(ids)] = ids
         self._counts[row, : len(ids)] = np.bincount(which[num_prompt:], minlength=len(ids))
 
+    def remembers(self, row: int) -> bool:
+        """Whether the row's history matters."""
+        return bool(self._used[row])
+
     def append(self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> None:
         """One token more for each of the rows."""
         used = self._used[rows]

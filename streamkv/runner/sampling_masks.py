@@ -35,6 +35,11 @@ class _Lists:
     endings: tuple[int, ...]
     words: tuple[tuple[int, ...], ...]
 
+    def may_leave_nothing(self, vocab_size: int) -> bool:
+        """Whether as many tokens as may be said can be forbidden at once."""
+        number = vocab_size if self.allowed is None else len(set(self.allowed))
+        return len(self.bad) + len(self.endings) + len(self.words) >= number
+
 
 @dataclass(slots=True)
 class MaskBatch:
@@ -47,6 +52,7 @@ class MaskBatch:
         endings, endings_of: places that count until `min_tokens`, which is [num_rows].
         words, words_of: last tokens of bad words.
         before: [num_words, longest], the tokens before them, the nearest first; `_ANY` fills.
+        may_be_empty: some row may be left nothing.
     """
 
     rows: _Ints
@@ -58,6 +64,7 @@ class MaskBatch:
     words: _Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     words_of: _Ints = field(default_factory=lambda: np.zeros(0, np.int64))
     before: _Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    may_be_empty: bool = False
 
 
 class MaskTables:
@@ -90,6 +97,10 @@ class MaskTables:
                 self._tokens = np.zeros(self._shape, np.int32)
             self._tokens[row, : len(tokens)] = tokens
 
+    def remembers(self, row: int) -> bool:
+        """Whether the row's history matters."""
+        return row in self._lists and bool(self._lists[row].words)
+
     def append(self, rows: _Ints, positions: _Ints, tokens: _Ints) -> None:
         """One token more for each of the rows."""
         if self._tokens.size:
@@ -104,7 +115,7 @@ class MaskTables:
         lists = [(entry, self._lists[row]) for entry, row in enumerate(rows.tolist()) if row in self._lists]
         if not lists:
             return None
-        batch = MaskBatch(rows)
+        batch = MaskBatch(rows, may_be_empty=any(own.may_leave_nothing(self._vocab_size) for _, own in lists))
         if any(own.bias for _, own in lists):
             places, _ = _join([(entry, [token for token, _ in own.bias]) for entry, own in lists], width)
             values = [value for _, own in lists for _, value in own.bias]

@@ -3,6 +3,14 @@
 What depends only on which rows are in the batch is worked out once and kept until that changes: on the way from logits to tokens
 there is no loop over requests, and a feature that no row uses is not there at all. The logits are copied once, to float32, and
 changed in place.
+
+    tokens, finite = sampler.sample(rows, positions, logits)     on the device; on a GPU nothing here waits for it
+    told = sampler.launch_logprobs(rows, logits, tokens)         neither does this, and the logits may then be overwritten
+    told.read(bad)                                               waits: to be called where the step's tokens are read
+    sampler.append(rows, tokens.tolist())                        history: before the next `sample` of rows that need it
+
+`needs_history(rows)` says whether `sample` reads what `append` writes: a step of other rows can be launched before the tokens of
+the step before are known to the host.
 """
 
 from __future__ import annotations
@@ -16,17 +24,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from streamkv.fused import FusedOps
 from streamkv.runner.logits_processor import LogitsProcessor
 from streamkv.runner.params import RowParams
 from streamkv.runner.philox import uniform
 from streamkv.runner.sampler import CHUNK, draw, inverse_cdf, most_probable, num_chunks, softmax
 from streamkv.runner.sampling_cuts import Cuts
 from streamkv.runner.sampling_history import PenaltyBatch, PenaltyTables
-from streamkv.runner.sampling_logprobs import position_logprobs
+from streamkv.runner.sampling_logprobs import PositionLogprobs, launch_logprobs
 from streamkv.runner.sampling_masks import MaskBatch, MaskTables
 from streamkv.sampling_params import TokenLogprobs
 
-__all__ = ["RowSampler"]
+__all__ = ["LaunchedLogprobs", "RowSampler"]
 
 _Ints = npt.NDArray[np.int64]
 
@@ -64,6 +73,7 @@ class _Batch:
         cut: entries that draw from what their cuts keep, in slices; the others take the most probable token.
         seed, branch: int64 [num_rows].
         processors: each with the entries that asked for it and their rows.
+        may_be_empty: masks or processors may leave some row nothing.
     """
 
     rows: _Ints
@@ -75,6 +85,38 @@ class _Batch:
     penalties: PenaltyBatch | None
     masks: MaskBatch | None
     processors: list[tuple[LogitsProcessor, torch.Tensor, _Ints]]
+    may_be_empty: bool
+
+    @property
+    def takes_the_most_probable(self) -> bool:
+        """Of each row the largest of its logits as they are."""
+        return not (self.plain or self.cut or self.penalties or self.masks or self.processors)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedLogprobs:
+    """Log-probabilities of sampled tokens that nobody has waited for yet.
+
+    Attributes:
+        entries: [n], the entries of the batch that asked.
+        wanted: [n], how many of the most probable tokens each lists.
+        told: None if there is no such entry.
+    """
+
+    entries: _Ints
+    wanted: _Ints
+    told: PositionLogprobs | None
+
+    def read(self, skip: AbstractSet[int] = frozenset()) -> dict[int, TokenLogprobs]:
+        """By entry, an index into the batch's rows; waits for the device.
+
+        Args:
+            skip: entries that are not wanted.
+        """
+        if self.told is None:
+            return {}
+        rows = zip(self.entries.tolist(), self.wanted.tolist(), self.told.read(), strict=True)
+        return {entry: TokenLogprobs(one.chosen, one.top[:most], one.rank) for entry, most, one in rows if entry not in skip}
 
 
 class RowSampler:
@@ -88,20 +130,24 @@ class RowSampler:
         vocab_size: int,
         device: torch.device,
         processors: Mapping[str, LogitsProcessor] | None = None,
+        ops: FusedOps | None = None,
     ) -> None:
         """Empty tables.
 
         Args:
             max_len: most tokens of a row, prompt and output.
+            ops: the backend's.
             processors: logits processors that requests may ask for, by name, in the order in which they are applied.
         """
         self._vocab_size = vocab_size
         self._max_len = max_len
         self._width = num_chunks(vocab_size) * CHUNK
         self._device = device
+        self._ops = ops
         self._processors = dict(processors or {})
         self._parameters = np.zeros(num_rows, _PARAMETERS)
         self._length = np.zeros(num_rows, np.int64)
+        self._remembers = np.zeros(num_rows, bool)  # rows that need their history
         self._penalties = PenaltyTables(num_rows, max_len, vocab_size)
         self._masks = MaskTables(num_rows, max_len, vocab_size)
         self._asked = {name: np.zeros(num_rows, bool) for name in self._processors}  # by processor: rows that use it
@@ -130,6 +176,8 @@ class RowSampler:
             asked[row] = name in wanted
             if asked[row]:
                 self._processors[name].admit(row, wanted[name], params.tokens, params.num_asked)
+        asks = any(asked[row] for asked in self._asked.values())
+        self._remembers[row] = asks or self._penalties.remembers(row) or self._masks.remembers(row)
 
     def append(self, rows: _Ints, tokens: Sequence[int]) -> None:
         """The sampled tokens become part of their rows' history; called once the whole step has succeeded.
@@ -149,14 +197,16 @@ class RowSampler:
             if own.any():
                 self._processors[name].append(rows[own], added[own])
 
-    def takes_the_most_probable(self, rows: _Ints) -> bool:
-        """Whether `sample` would give each of these rows the largest of its logits as they are."""
-        batch = self._batch_of(rows)
-        return not (batch.plain or batch.cut or batch.penalties or batch.masks or batch.processors)
+    def needs_history(self, rows: _Ints) -> bool:
+        """Whether what is sampled next for these rows depends on the tokens that were sampled for them before.
+
+        It does by penalties, bad words of several tokens, and processors; not by bias, other masks and `min_tokens`.
+        """
+        return bool(self._remembers[rows].any())
 
     @torch.inference_mode()
-    def sample(self, rows: _Ints, positions: _Ints, logits: torch.Tensor) -> torch.Tensor:
-        """One token per row. Changes no state.
+    def sample(self, rows: _Ints, positions: _Ints, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token per row. Changes no state, and on a GPU waits for nothing unless a processor does.
 
         Args:
             rows: [n], each at most once.
@@ -164,15 +214,24 @@ class RowSampler:
             logits: [n, vocab_size], any float dtype; not changed.
 
         Returns:
-            [n] int64, always a token of the model. A row with NaN or Inf gives an arbitrary one; callers drop it. Where masks
-            leave no token, it is the model's most probable one.
+            On the device: [n] int64, always a token of the model, and [n] bool, whether all logits are finite. A row where
+            they are not gives an arbitrary token; callers drop it. Where masks leave no token, it is the model's most
+            probable one.
         """
         batch = self._batch_of(rows)
+        if self._ops is not None and logits.dtype is self._ops.dtype and batch.takes_the_most_probable:
+            return self._ops.most_probable(logits)
+        # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
+        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))
+        return self._sample(batch, positions, logits), finite
+
+    def _sample(self, batch: _Batch, positions: _Ints, logits: torch.Tensor) -> torch.Tensor:
         work = self._copy(logits)
+        chunked = work.view(len(logits), -1, CHUNK)
+        best = most_probable(chunked, chunked.amax(dim=-1)) if batch.may_be_empty else None
         self._change(batch, work, positions)
-        chunked = work.view(len(rows), -1, CHUNK)
         maxima = chunked.amax(dim=-1)
-        self._refill_empty_rows(chunked, maxima, logits)
+        empty = maxima.amax(dim=-1) == -torch.inf
         if batch.temperature is not None:
             work.div_(batch.temperature)
             maxima.div_(batch.temperature)  # rounded alike, so they still are the maxima
@@ -183,6 +242,8 @@ class RowSampler:
                 tokens[some] = inverse_cdf(softmax(chunked[some]), uniforms[some])
             for some, cuts in batch.cut:
                 tokens[some] = draw(chunked[some], maxima[some], cuts, uniforms[some])
+        if best is not None:
+            tokens = torch.where(empty, best, tokens)
         return tokens.clamp_(0, self._vocab_size - 1)
 
     def _copy(self, logits: torch.Tensor) -> torch.Tensor:
@@ -203,14 +264,6 @@ class RowSampler:
         for processor, entries, rows in batch.processors:
             tokens[entries] = processor.apply(rows, tokens[entries])
 
-    def _refill_empty_rows(self, chunked: torch.Tensor, maxima: torch.Tensor, logits: torch.Tensor) -> None:
-        """Where nothing may be sampled, only the model's most probable token may."""
-        empty = (maxima.amax(dim=-1) == -torch.inf).nonzero().flatten()
-        if len(empty):
-            tokens = logits[empty].argmax(dim=-1)
-            chunked[empty, tokens // CHUNK, tokens % CHUNK] = 0.0
-            maxima[empty, tokens // CHUNK] = 0.0
-
     def _batch_of(self, rows: _Ints) -> _Batch:
         batch = self._batch
         if batch is None or not np.array_equal(batch.rows, rows):
@@ -222,6 +275,7 @@ class RowSampler:
         greedy = own["temperature"] == 0
         temperature = np.where(greedy, 1.0, np.maximum(own["temperature"], _COLDEST)).astype(np.float32)
         cut = (own["top_k"] > 0) | (own["top_p"] < 1) | (own["min_p"] > 0) | (own["typical_p"] < 1)
+        masks = self._masks.batch(rows, self._width, self._device)
         processors = [(name, np.flatnonzero(asked[rows])) for name, asked in self._asked.items() if asked[rows].any()]
         return _Batch(
             rows=rows.copy(),
@@ -231,8 +285,9 @@ class RowSampler:
             seed=self._tensor(own["seed"]),
             branch=self._tensor(own["branch"]),
             penalties=self._penalties.batch(rows, self._width, self._device),
-            masks=self._masks.batch(rows, self._width, self._device),
+            masks=masks,
             processors=[(self._processors[name], self._tensor(where), rows[where]) for name, where in processors],
+            may_be_empty=bool(processors) or (masks is not None and masks.may_be_empty),
         )
 
     def _slices(self, chosen: npt.NDArray[np.bool_]) -> list[_Ints]:
@@ -260,28 +315,19 @@ class RowSampler:
         return torch.from_numpy(values.copy()).to(self._device)  # a copy, because columns of records may lie at odd strides
 
     @torch.inference_mode()
-    def logprobs(
-        self, rows: _Ints, logits: torch.Tensor, tokens: torch.Tensor, skip: AbstractSet[int] = frozenset()
-    ) -> dict[int, TokenLogprobs]:
-        """What rows that asked for log-probabilities are told of the sampled tokens.
+    def launch_logprobs(self, rows: _Ints, logits: torch.Tensor, tokens: torch.Tensor) -> LaunchedLogprobs:
+        """What rows that asked for log-probabilities are told of the sampled tokens. Waits for nothing on a GPU.
 
         Args:
             rows: [n].
-            logits: [n, vocab_size], any float dtype; not changed.
-            tokens: [n].
-            skip: entries that are not wanted.
-
-        Returns:
-            By entry, an index into `rows`.
+            logits: [n, vocab_size], any float dtype; not changed, and not needed any more once this has returned.
+            tokens: [n], on the device.
         """
         wanted = self._parameters["logprobs"][rows]
-        entries = [entry for entry in np.flatnonzero(wanted >= 0).tolist() if entry not in skip]
-        if not entries:
-            return {}
-        chosen = torch.tensor(entries, device=logits.device)
-        told = position_logprobs(
-            logits if len(entries) == len(logits) else logits[chosen], tokens[chosen], int(wanted[entries].max())
-        )
-        return {
-            entry: TokenLogprobs(one.chosen, one.top[: wanted[entry]], one.rank) for entry, one in zip(entries, told, strict=True)
-        }
+        entries = np.flatnonzero(wanted >= 0)
+        if not len(entries):
+            return LaunchedLogprobs(entries, entries, None)
+        if len(entries) < len(rows):
+            chosen = self._tensor(entries)
+            logits, tokens = logits[chosen], tokens[chosen]
+        return LaunchedLogprobs(entries, wanted[entries], launch_logprobs(logits, tokens, int(wanted[entries].max())))

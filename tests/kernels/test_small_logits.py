@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamkv.runner.sampling_logprobs import position_logprobs
+from streamkv.runner.sampling_logprobs import launch_logprobs
 from streamkv_kernels.emulated import EmulatedDevice
 from streamkv_kernels.sampling import Changed, Changes, SamplingKernels
 from tests.kernels.sampling_oracle import changes_of
@@ -143,7 +143,7 @@ def tells_logprobs(device: EmulatedDevice, dtype: torch.dtype, spread: float) ->
         logprobs, ranks = kernels.token_logprobs(logits, tokens)
         # float32 has a unit of 2e-6 at 16, where the spread takes differences to.
         assert ((logprobs.double() - exact).abs() <= 2e-6 + 1e-6 * exact.abs() / 4).all()
-        assert ranks.tolist() == [one.rank for one in position_logprobs(logits, tokens, 0)]
+        assert ranks.tolist() == [one.rank for one in launch_logprobs(logits, tokens, 0).read()]
 
 
 @pytest.mark.parametrize(("dtype", "spread"), [(torch.float32, 3.0), (torch.bfloat16, 1.0), (torch.float16, 8.0)])

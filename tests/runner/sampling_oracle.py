@@ -64,7 +64,7 @@ def tables(rows: Sequence[Row], vocab_size: int, *, processors: Any = None, plac
 def sample(rows: Sequence[Row], logits: torch.Tensor, *, processors: Any = None) -> list[int]:
     """Tokens of a batch that is admitted for this one step."""
     made = tables(rows, logits.shape[-1], processors=processors)
-    return made.sample(np.arange(len(rows)), positions(rows), logits).tolist()
+    return made.sample(np.arange(len(rows)), positions(rows), logits)[0].tolist()
 
 
 def positions(rows: Sequence[Row]) -> np.ndarray:

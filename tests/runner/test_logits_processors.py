@@ -86,7 +86,7 @@ def test_the_example_does_what_it_says() -> None:
     sampler = tables(rows, 50, processors={"only_multiples": made})
     for position in range(1, 6):
         logits = random_logits(position, 3, 50)
-        tokens = sampler.sample(np.arange(3), np.array([position, position, position + 2]), logits).tolist()
+        tokens = sampler.sample(np.arange(3), np.array([position, position, position + 2]), logits)[0].tolist()
         allowed = logits[:, ::7].argmax(dim=-1) * 7
         assert tokens == [int(logits[0].argmax()), int(allowed[1]), int(allowed[2])]
         sampler.append(np.arange(3), tokens)
@@ -115,7 +115,7 @@ def test_processors_run_in_the_order_in_which_they_were_named(tmp_path: Path, mo
     chosen = {}
     for names in (["adding:Add", "adding:Square"], ["adding:Square", "adding:Add"]):
         sampler = tables([asked], 2, processors=load_processors(names, SETUP))
-        chosen[names[0]] = sampler.sample(np.array([0]), np.array([1]), logits).tolist()
+        chosen[names[0]] = sampler.sample(np.array([0]), np.array([1]), logits)[0].tolist()
     assert chosen == {"adding:Add": [1], "adding:Square": [0]}
 
 

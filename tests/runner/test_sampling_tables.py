@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from streamkv.runner.params import RowParams
-from streamkv.runner.sampling_logprobs import position_logprobs
+from streamkv.runner.sampling_logprobs import launch_logprobs
 from streamkv.runner.sampling_tables import RowSampler
 from tests.runner.sampling_oracle import Row, positions, random_logits, rows_of, sample, sampling, tables
 
@@ -100,7 +100,7 @@ class Rows(RuleBasedStateMachine):
             self.steps += 1
             logits = random_logits(self.steps, len(own), VOCAB)
             logits[:, :4] += 6.0  # what bad words are made of
-            tokens = self.sampler.sample(rows, positions(own), logits).tolist()
+            tokens = self.sampler.sample(rows, positions(own), logits)[0].tolist()
             for index, row in enumerate(own):
                 assert tokens[index] == sample([row], logits[index : index + 1], processors={"counting": Counting()})[0]
             if commit:
@@ -120,7 +120,7 @@ def test_bad_words_never_come_and_their_parts_do() -> None:
     made = tables([row, row], 4)
     said = [*row.tokens]
     for position in range(3, 300):
-        tokens = made.sample(np.arange(2), np.full(2, position), torch.zeros(2, 4)).tolist()
+        tokens = made.sample(np.arange(2), np.full(2, position), torch.zeros(2, 4))[0].tolist()
         assert tokens[0] == tokens[1]
         made.append(np.arange(2), tokens)
         said.append(tokens[0])
@@ -134,7 +134,7 @@ def test_a_row_may_be_sampled_once_more_after_its_end() -> None:
     made = RowSampler(num_rows=1, max_len=4, vocab_size=5, device=torch.device("cpu"))
     made.admit(0, row.params)
     for position in range(3, 8):
-        token = made.sample(np.array([0]), np.array([position]), random_logits(position, 1, 5)).tolist()
+        token = made.sample(np.array([0]), np.array([position]), random_logits(position, 1, 5))[0].tolist()
         made.append(np.array([0]), token)
 
 
@@ -182,7 +182,7 @@ def test_logprobs_equal_log_softmax(vocab_size: int, dtype: torch.dtype) -> None
     logits = random_logits(3, 300, vocab_size).to(dtype)
     tokens = torch.randint(vocab_size, (300,), generator=torch.Generator().manual_seed(1))
     reference = torch.log_softmax(logits.double(), -1)
-    for index, told in enumerate(position_logprobs(logits, tokens, 20)):
+    for index, told in enumerate(launch_logprobs(logits, tokens, 20).read()):
         own = reference[index]
         assert told.chosen == pytest.approx(float(own[tokens[index]]), abs=1e-5)
         assert told.rank == int((logits[index] > logits[index, tokens[index]]).sum()) + 1
@@ -196,7 +196,7 @@ def test_logprobs_equal_log_softmax(vocab_size: int, dtype: torch.dtype) -> None
 def test_logprobs_are_of_the_model_and_for_those_that_ask() -> None:
     rows = [Row(sampling(logprobs=count, temperature=0.2, top_k=1, logit_bias=((3, 50.0),)), [1], 1) for count in (5, None, 0, 2)]
     logits = random_logits(3, 4, 50)
-    told = tables(rows, 50).logprobs(np.arange(4), logits, torch.tensor([7, 8, 9, 10]), skip={3})
+    told = tables(rows, 50).launch_logprobs(np.arange(4), logits, torch.tensor([7, 8, 9, 10])).read(skip={3})
     assert set(told) == {0, 2}
     assert told[0].chosen == pytest.approx(float(torch.log_softmax(logits, -1)[0, 7]), abs=1e-5)
     assert [token for token, _ in told[0].top] == logits[0].topk(5).indices.tolist()
@@ -208,8 +208,8 @@ def test_logprobs_of_spoilt_rows_are_numbers_in_range() -> None:
     logits[0, 3] = torch.nan
     logits[1] = -torch.inf
     logits[2, 7] = torch.inf
-    alone = position_logprobs(logits[3:], torch.tensor([5]), 20)
-    told = position_logprobs(logits, torch.tensor([5, 5, 5, 5]), 20)
+    alone = launch_logprobs(logits[3:], torch.tensor([5]), 20).read()
+    told = launch_logprobs(logits, torch.tensor([5, 5, 5, 5]), 20).read()
     assert told[3:] == alone
     assert all(0 <= token < 50 for one in told for token, _ in one.top)
-    assert position_logprobs(logits[:0], torch.tensor([], dtype=torch.long), 3) == []
+    assert launch_logprobs(logits[:0], torch.tensor([], dtype=torch.long), 3).read() == []
