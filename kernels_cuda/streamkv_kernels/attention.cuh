@@ -4,16 +4,16 @@
 // pictures of mma.m16n8k16: of scores and outputs it holds rows g and g + 8 (index r = 0, 1), entry j of a fragment being row j / 2.
 //
 //   load_tile      keys, values and their scales of one tile -> a stage of shared memory, by cp.async of one warp
-//   load_query     16 rows of queries -> A fragments in registers, from global memory  (or swap_query for those in shared memory)
-//   load_keys      B fragments of one stage's keys: for loops that keep queries in shared memory;  score_tile is the whole q k^T
+//   load_query     a step's A fragments of 16 rows of queries, from global memory  (or swap_query and ldmatrix from shared memory)
+//   load_keys      B fragments of one stage's keys, for loops that use them more than once;  score_tile is the whole q k^T
 //   finish_scores  raw products -> scores in log2 units: key scales, soft-cap, and -inf where a row may not see a token
 //   soften         online softmax over N tiles: running maximum and sum, accumulator rescaled, scores become weights
 //   value_tile     accumulator += weights x values (weight_fragments, load_values, add_values);  finish_softmax after the last tile
 //   State          a softmax that is not finished, of one row and one column: what pieces of a row leave and `join` puts together
 //
-// Compile-time: HEAD_DIM (a multiple of 16), IO (bf16, f16: queries and outputs), KV (IO, or e4m3, i8: the cache). 8-bit caches have a
-// scale per token and head; the key's multiplies a column of scores, the value's a column of weights, so that no element is
-// multiplied. All MMAs are in IO: every e4m3 and int8 is exact in bf16 and in f16.
+// Compile-time: HEAD_DIM (a multiple of 16), IO (bf16, f16: queries and outputs), KV (IO, or e4m3, i8: the cache), ROW_TILES (how many
+// times 16 rows a warp has at once). 8-bit caches have a scale per token and head; the key's multiplies a column of scores, the value's
+// a column of weights, so that no element is multiplied. All MMAs are in IO: every e4m3 and int8 is exact in bf16 and in f16.
 //
 // Shared memory holds a tile's rows without padding; within a row the 16-byte chunks are permuted so that the 8 rows that an
 // ldmatrix reads, as those that a cp.async writes, lie in 8 different groups of 4 banks (chunk_at). Example, 16-bit and HEAD_DIM 64,
@@ -27,6 +27,10 @@
 // than that of 16-bit tiles: of the contraction q k^T, where only both sides must agree (query_column), and of outputs (output_column).
 #pragma once
 #include "device.cuh"
+
+#ifndef ROW_TILES
+#define ROW_TILES 1
+#endif
 
 constexpr int TILE = 16;                                // tokens; every block size is a multiple of it
 constexpr int STEPS = HEAD_DIM / 16;                    // MMAs along a head
@@ -43,8 +47,8 @@ constexpr float LOG2_E = 1.44269504f;
 static_assert(HEAD_DIM % 16 == 0 && (QUANTISED || same<KV, IO>), "16-bit caches have the dtype of the queries");
 
 SKV_DEV int lane_id() { return (int)threadIdx.x % 32; }
-// For addresses in shared memory: where accumulators take nearly all registers, addresses are computed anew each time.
-SKV_DEV int address_lane() { return QUANTISED || HEAD_DIM > 128 ? opaque(lane_id()) : lane_id(); }
+// For addresses in shared memory: where accumulators take nearly all registers (`tight`), addresses are computed anew each time.
+SKV_DEV int address_lane(bool tight) { return tight ? opaque(lane_id()) : lane_id(); }
 
 // Byte offset of a 16-byte chunk in a tile whose rows have WIDTH chunks. Tiles begin at multiples of 128 bytes.
 template <int WIDTH> SKV_DEV int chunk_at(int row, int chunk) {
@@ -92,15 +96,15 @@ SKV_DEV int query_column(int step, int half) {
   return step * 16 + (QUANTISED ? t * 4 + half * 2 : half * 8 + t * 2);
 }
 
-// Rows g and g + 8 of 16 rows of queries; a null row is zeros. Rows are 4-byte aligned.
-SKV_DEV void load_query(u32 (&query)[STEPS][4], const IO* row_g, const IO* row_g8) {
+// A fragment of a step: rows g and g + 8 of 16 rows of queries; a null row is zeros. Rows are 4-byte aligned.
+SKV_DEV u32x4 load_query(const IO* row_g, const IO* row_g8, int step) {
+  u32x4 query;
 #pragma unroll
-  for (int step = 0; step < STEPS; step++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const IO* row = i % 2 ? row_g8 : row_g;
-      query[step][i] = row ? *reinterpret_cast<const u32*>(row + query_column(step, i / 2)) : 0u;
-    }
+  for (int i = 0; i < 4; i++) {
+    const IO* row = i % 2 ? row_g8 : row_g;
+    query.word[i] = row ? *reinterpret_cast<const u32*>(row + query_column(step, i / 2)) : 0u;
+  }
+  return query;
 }
 
 // For queries that reach their fragments by ldmatrix (chunk 2 step + half): 16 columns as they must lie in shared memory.
@@ -124,7 +128,7 @@ SKV_DEV u32 widen(u32 pair) {
 // B fragments of q k^T for steps LOAD_STEPS * load ..: entries 0, 1 of tokens 0-7, entries 2, 3 of tokens 8-15. If STEPS is odd, the
 // last load of an 8-bit cache has one step only.
 SKV_DEV void load_keys(u32 (&keys)[LOAD_STEPS][4], const unsigned char* stage, int load) {
-  const int lane = address_lane(), row = lane % 8 + lane / 16 * 8, chunk = min(load * 2 + lane / 8 % 2, CHUNKS - 1);
+  const int lane = address_lane(QUANTISED || HEAD_DIM > 128), row = lane % 8 + lane / 16 * 8, chunk = min(load * 2 + lane / 8 % 2, CHUNKS - 1);
   u32 raw[4];
   ldmatrix_x4(raw, stage + chunk_at<CHUNKS>(row, chunk));
 #pragma unroll
@@ -140,7 +144,7 @@ SKV_DEV void load_keys(u32 (&keys)[LOAD_STEPS][4], const unsigned char* stage, i
 
 // B fragments of weights x values for the accumulators 2 step (entries 0, 1) and 2 step + 1 (entries 2, 3), steps as in load_keys.
 SKV_DEV void load_values(u32 (&values)[LOAD_STEPS][4], const unsigned char* stage, int load) {
-  const int lane = address_lane(), row = lane % 16, chunk = min(load * 2 + lane / 16, CHUNKS - 1);
+  const int lane = address_lane(QUANTISED || ROW_TILES * HEAD_DIM > 192), row = lane % 16, chunk = min(load * 2 + lane / 16, CHUNKS - 1);
   u32 raw[4];
   ldmatrix_x4_trans(raw, stage + TILE_BYTES + chunk_at<CHUNKS>(row, chunk));
 #pragma unroll
@@ -161,8 +165,8 @@ SKV_DEV int output_column(int i, int j) {
   return QUANTISED ? i / 2 * 16 + t * 4 + j % 2 * 2 + i % 2 : i * 8 + t * 2 + j % 2;
 }
 
-// scores[h][j] = products of row j / 2 with token 8 h + 2 t + j % 2 of the stage.
-SKV_DEV void score_tile(float (&scores)[2][4], const u32 (&query)[STEPS][4], const unsigned char* stage) {
+// scores[h][j] = products of row j / 2 with token 8 h + 2 t + j % 2 of the stage; query(step) is a fragment as of load_query.
+template <class Query> SKV_DEV void score_tile(float (&scores)[2][4], const Query& query, const unsigned char* stage) {
 #pragma unroll
   for (int i = 0; i < 8; i++) scores[i / 4][i % 4] = 0.f;
 #pragma unroll
@@ -171,8 +175,9 @@ SKV_DEV void score_tile(float (&scores)[2][4], const u32 (&query)[STEPS][4], con
     load_keys(keys, stage, load);
 #pragma unroll
     for (int i = 0; i < LOAD_STEPS && load * LOAD_STEPS + i < STEPS; i++) {
-      mma_m16n8k16<IO>(scores[0], query[load * LOAD_STEPS + i], keys[i][0], keys[i][1]);
-      mma_m16n8k16<IO>(scores[1], query[load * LOAD_STEPS + i], keys[i][2], keys[i][3]);
+      const u32x4 rows = query(load * LOAD_STEPS + i);
+      mma_m16n8k16<IO>(scores[0], rows.word, keys[i][0], keys[i][1]);
+      mma_m16n8k16<IO>(scores[1], rows.word, keys[i][2], keys[i][3]);
     }
   }
 }

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
 from streamkv_kernels.checks import TYPES, aligned, check, positive_multiple
-from streamkv_kernels.device import Argument, Bound, Device, Variant
+from streamkv_kernels.device import Argument, Bound, Device, Grid, Variant
 from streamkv_kernels.kv_write import LayerCache
 
-__all__ = ["TILE", "AttentionSpec", "MergeStates", "States", "cache_arguments", "output_arguments"]
+__all__ = ["TILE", "AttentionSpec", "BoundLaunch", "MergeStates", "States", "attention_arguments", "output_arguments"]
 
 TILE: Final = 16
 """Tokens of a tile, as in attention.cuh."""
 
+_MERGE_WARPS: Final = 4
 _IO: Final = (torch.bfloat16, torch.float16)
 _QUANTISED: Final = (torch.float8_e4m3fn, torch.int8)
 
@@ -73,6 +75,12 @@ class AttentionSpec:
         return (("HEAD_DIM", self.head_dim), ("IO", TYPES[self.dtype]), ("KV", TYPES[self.cache_dtype]))
 
     @property
+    def tile_bytes(self) -> int:
+        """Of shared memory that keys, values and scales of a tile take: STAGE_BYTES in attention.cuh."""
+        item = self.cache_dtype.itemsize
+        return 2 * TILE * (self.head_dim * item + (4 if item == 1 else 0))
+
+    @property
     def scoring(self) -> tuple[float, float]:
         """`scale` and `cap` of the kernels, whose scores are in units of log 2."""
         if self.soft_cap is None:
@@ -91,6 +99,19 @@ class States:
 
     out: torch.Tensor
     logarithms: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BoundLaunch:
+    """A launch that can be repeated as long as its tensors live where they are."""
+
+    bound: Bound
+    grid: Grid
+    block: Grid
+
+    def launch(self) -> None:
+        """Do it."""
+        self.bound.launch(self.grid, self.block)
 
 
 class MergeStates:
@@ -117,8 +138,8 @@ class MergeStates:
         sinks: torch.Tensor | None = None,
         prefix: States | None = None,
         logarithms: torch.Tensor | None = None,
-    ) -> Bound:
-        """Check everything, and pack it for launches of (len(merges), any, 1) blocks.
+    ) -> BoundLaunch:
+        """Check everything, and pack it for launches.
 
         Args:
             states: out [num_states, state_rows, head_dim], logarithms [num_states, state_rows].
@@ -136,30 +157,46 @@ class MergeStates:
         check("out", out, self.dtype, [None, None, self.head_dim])
         if row_index is not None:
             check("row_index", row_index, torch.int32, [None])
-        tail = output_arguments(self.head_dim, out, sinks, prefix, logarithms)
-        return self._kernel.bind(
-            states.out, states.logarithms, merges, row_index, *tail, states.out.shape[1], out.shape[1], num_kv_heads
+        outputs, state_rows = output_arguments(self.head_dim, out, sinks, prefix, logarithms), states.out.shape[1]
+        bound = self._kernel.bind(
+            states.out, states.logarithms, merges, row_index, *outputs, state_rows, out.shape[1], num_kv_heads
         )
+        return BoundLaunch(bound, (len(merges), -(-state_rows // _MERGE_WARPS), 1), (32 * _MERGE_WARPS, 1, 1))
 
 
-def cache_arguments(spec: AttentionSpec, cache: LayerCache) -> tuple[tuple[Argument, ...], tuple[int, ...]]:
-    """Pointers, then strides and block size, of `Cache` in attention.cuh.
+def attention_arguments(
+    spec: AttentionSpec,
+    query: torch.Tensor,
+    cache: LayerCache,
+    block_tables: torch.Tensor,
+    plan: Sequence[torch.Tensor | None],
+    outputs: Sequence[Argument],
+    states: States,
+    *,
+    unit: int,
+) -> tuple[Argument, ...]:
+    """What attn_decode.cu and attn_prefill.cu take alike, in the order of their parameters.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim], the last dimension dense, rows at multiples of `unit` bytes.
+        cache: the layer's keys and values; their block size is a multiple of 16.
+        block_tables: [num_seqs, max_blocks] int32.
+        plan: what a kernel has between block tables and outputs, checked already.
+        outputs: `output_arguments`.
+        states: what pieces leave.
 
     Raises:
-        ValueError: the cache is none that the kernels can read.
+        ValueError: an argument does not fit; the sentence names it.
     """
-    check("keys", cache.keys, spec.cache_dtype, [None, spec.num_kv_heads, None, spec.head_dim], "dense")
-    if not aligned(cache.keys) or not aligned(cache.values):
-        raise ValueError("rows of keys and values must begin at multiples of 16 bytes")
-    block_size = cache.keys.shape[2]
-    positive_multiple("the block size of keys", block_size, TILE)
-    pointers = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
-    strides = cache.keys.stride()[:3]
-    if cache.key_scales is None or cache.value_scales is None:
-        return pointers, (*strides, 0, 0, block_size)
-    if not aligned(cache.key_scales) or not aligned(cache.value_scales):
-        raise ValueError("rows of key_scales and value_scales must begin at multiples of 16 bytes")
-    return pointers, (*strides, *cache.key_scales.stride()[:2], block_size)
+    check("query", query, spec.dtype, [None, spec.num_heads, spec.head_dim], "dense")
+    if not aligned(query, unit):
+        raise ValueError(f"rows of query must begin at multiples of {unit} bytes")
+    check("block_tables", block_tables, torch.int32, [None, None], "dense")
+    pointers, strides = _cache_arguments(spec, cache)
+    return (
+        query, *pointers, block_tables, *plan, *outputs, states.out, states.logarithms,
+        *query.stride()[:2], *strides, block_tables.stride(0), spec.num_heads, spec.num_kv_heads, spec.window or 0, *spec.scoring,
+    )  # fmt: skip  # a line of pointers, one of numbers
 
 
 def output_arguments(
@@ -190,3 +227,23 @@ def output_arguments(
     check("prefix.out", prefix.out, torch.float32, [num_tokens, num_heads, head_dim])
     check("prefix.logarithms", prefix.logarithms, torch.float32, [num_tokens, num_heads])
     return out, logarithms, sinks, prefix.out, prefix.logarithms
+
+
+def _cache_arguments(spec: AttentionSpec, cache: LayerCache) -> tuple[tuple[Argument, ...], tuple[int, ...]]:
+    """Pointers, then strides and block size, of `Cache` in attention.cuh.
+
+    Raises:
+        ValueError: the cache is none that the kernels can read.
+    """
+    check("keys", cache.keys, spec.cache_dtype, [None, spec.num_kv_heads, None, spec.head_dim], "dense")
+    if not aligned(cache.keys) or not aligned(cache.values):
+        raise ValueError("rows of keys and values must begin at multiples of 16 bytes")
+    block_size = cache.keys.shape[2]
+    positive_multiple("the block size of keys", block_size, TILE)
+    pointers = (cache.keys, cache.values, cache.key_scales, cache.value_scales)
+    strides = cache.keys.stride()[:3]
+    if cache.key_scales is None or cache.value_scales is None:
+        return pointers, (*strides, 0, 0, block_size)
+    if not aligned(cache.key_scales) or not aligned(cache.value_scales):
+        raise ValueError("rows of key_scales and value_scales must begin at multiples of 16 bytes")
+    return pointers, (*strides, *cache.key_scales.stride()[:2], block_size)

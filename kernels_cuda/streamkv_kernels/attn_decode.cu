@@ -13,10 +13,12 @@
 //
 // A job that lies in one share is written out by its block. Of the others each piece leaves a state (attention.cuh), which
 // attn_merge.cu joins. Within a piece every warp takes each WARPS-th tile, with its own ring of STAGES stages in shared memory, so
-// that no warp waits for another; their states meet in shared memory at the end of the piece, in place of the rings.
+// that no warp waits for another; their states meet in shared memory at the end of the piece, in place of the rings. Queries stay
+// in registers, or, where the accumulators of a wide head need those, behind the rings: as fragments, a lane's 16 bytes side by side.
 //
 // Grid     one block a share, 2 a multiprocessor whatever the step: a captured graph serves all. Block: WARPS * 32.
-// Shared   WARPS rings of STAGES x (keys, values, scales of a tile), or WARPS x 16 rows of float32 (attn_decode.py has the bytes).
+// Shared   WARPS rings of STAGES x (keys, values, scales of a tile) and queries of wide heads, or WARPS x 16 rows of float32
+//          (attn_decode.py has the bytes).
 // Limits   reading the cache, once for all rows of a job; 2 blocks a multiprocessor keep 16 tiles in flight.
 //
 // Versions
@@ -48,6 +50,8 @@ struct alignas(16) Share {
   int unused[3];
 };
 
+constexpr bool QUERY_SHARED = HEAD_DIM > 128;
+constexpr int RING_BYTES = STAGES * STAGE_BYTES;  // of a warp
 constexpr int OUT_STRIDE = HEAD_DIM + 8;  // floats; shifts rows by 8 banks: fewer of them meet
 
 struct Piece {
@@ -84,8 +88,9 @@ SKV_DEV Visible visible_rows(const Piece& piece, int group, int window) {
   return sees(begin[0], end[0], begin[1], end[1]);
 }
 
-// This warp's tiles of a piece; no row of the sequence sees a token before `begin`.
-SKV_DEV void attend(Softmax& softmax, unsigned char* ring, const u32 (&query)[STEPS][4], const Cache& cache, const int* blocks,
+// This warp's tiles of a piece; query: score_tile's; no row of the sequence sees a token before `begin`.
+template <class Query>
+SKV_DEV void attend(Softmax& softmax, unsigned char* ring, const Query& query, const Cache& cache, const int* blocks,
                     const Piece& piece, const Scoring& scoring, const Visible& rows, int begin) {
   const int mine = piece.first + (int)threadIdx.x / 32, end = piece.of.end, tiles_per_block = (int)cache.block_size / TILE;
   auto block_of = [&](int tile) { return tile < piece.past && tile * TILE < end ? blocks[tile / tiles_per_block] : 0; };
@@ -157,7 +162,8 @@ SKV_BOUNDED_KERNEL(attn_decode, WARPS * 32, 2)
  i64 scale_head_stride, i64 block_size, i64 table_stride, i64 num_heads, i64 num_kv_heads, i64 window, double scale, double cap) {
   SKV_SHARED(shared);
   float* const joint = reinterpret_cast<float*>(shared);  // after the last tile of a piece, in place of the rings
-  unsigned char* const ring = shared + (int)threadIdx.x / 32 * STAGES * STAGE_BYTES;
+  const int lane = lane_id(), warp = (int)threadIdx.x / 32;
+  unsigned char *const ring = shared + warp * RING_BYTES, *const kept = shared + WARPS * RING_BYTES;
   const Cache cache = {keys, values, key_scales, value_scales, block_stride, head_stride, row_stride, scale_block_stride, scale_head_stride, block_size};
   const Output<IO> output = {out, logarithms, sinks, prefix_out, prefix_logarithms, num_heads};
   const Scoring scoring = {(float)scale, (float)cap};
@@ -173,10 +179,20 @@ SKV_BOUNDED_KERNEL(attn_decode, WARPS * 32, 2)
         if (row >= piece.live) return nullptr;
         return query + (s.first_row + packed / group) * query_row_stride + ((i64)piece.head * group + packed % group) * query_head_stride;
       };
-      u32 fragments[STEPS][4];
-      load_query(fragments, query_row(lane_id() / 4), query_row(lane_id() / 4 + 8));
+      const IO *row_g = query_row(lane / 4), *row_g8 = query_row(lane / 4 + 8);
+      const int* blocks = block_table + s.id * table_stride;
+      const Visible rows = visible_rows(piece, group, (int)window);
       const int begin = max(s.begin, window > 0 ? s.end - s.rows + 1 - (int)window : 0);
-      attend(softmax, ring, fragments, cache, block_table + s.id * table_stride, piece, scoring, visible_rows(piece, group, (int)window), begin);
+      if (QUERY_SHARED) {
+        for (int step = warp; step < STEPS; step += WARPS) store16(kept + (step * 32 + lane) * 16, load_query(row_g, row_g8, step));
+        sync_block();
+        attend(softmax, ring, [&](int step) { return load16(kept + (step * 32 + lane) * 16); }, cache, blocks, piece, scoring, rows, begin);
+      } else {
+        u32x4 fragments[STEPS];
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) fragments[step] = load_query(row_g, row_g8, step);
+        attend(softmax, ring, [&](int step) { return fragments[step]; }, cache, blocks, piece, scoring, rows, begin);
+      }
     }
     const Piece piece = first_piece(share, sequences, group);
     sync_block();  // the other warps still read their rings

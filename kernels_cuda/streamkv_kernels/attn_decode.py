@@ -10,16 +10,17 @@ Everything that changes from step to step lies in tensors whose addresses stay, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamkv_kernels.attention import TILE, AttentionSpec, MergeStates, States, cache_arguments, output_arguments
-from streamkv_kernels.checks import aligned, check
+from streamkv_kernels.attention import AttentionSpec, BoundLaunch, MergeStates, States, attention_arguments, output_arguments
+from streamkv_kernels.checks import check
 from streamkv_kernels.decode_plan import ROWS, DecodePlan, Ints, plan_decode
-from streamkv_kernels.device import Bound, Device, Kernel, Variant
+from streamkv_kernels.device import Device, Kernel, Variant
 from streamkv_kernels.kv_write import LayerCache
 from streamkv_kernels.uploads import upload
 
@@ -28,28 +29,24 @@ __all__ = ["BoundDecode", "DecodeAttention"]
 _BLOCKS_PER_SM: Final = 2
 _RING_BYTES: Final = 72 << 10
 """Of shared memory that a third stage may not exceed: two blocks must fit on a multiprocessor."""
-_MERGE_WARPS: Final = 4
 
 
+@dataclass(frozen=True, slots=True)
 class BoundDecode:
-    """A launch that can be repeated as long as its tensors live where they are."""
+    """Both kernels, to be launched with the plan that was loaded last as long as their tensors live where they are.
 
-    def __init__(self, decode: Bound, merge: Bound, num_shares: int, warps: int) -> None:
-        self._decode, self._merge = decode, merge
-        self._num_shares, self._warps = num_shares, warps
+    Attributes:
+        attend: the first: whole jobs write their rows, others leave states.
+        merge: the second joins them.
+    """
+
+    attend: BoundLaunch
+    merge: BoundLaunch
 
     def launch(self) -> None:
-        """Run both kernels with the plan that was loaded last."""
-        self.attend()
-        self.merge()
-
-    def attend(self) -> None:
-        """The first: whole jobs write their rows, others leave states."""
-        self._decode.launch((self._num_shares, 1, 1), (32 * self._warps, 1, 1))
-
-    def merge(self) -> None:
-        """The second joins them."""
-        self._merge.launch((self._num_shares, -(-ROWS // _MERGE_WARPS), 1), (32 * _MERGE_WARPS, 1, 1))
+        """Run them."""
+        self.attend.launch()
+        self.merge.launch()
 
 
 class DecodeAttention:
@@ -67,7 +64,7 @@ class DecodeAttention:
         """
         self.spec, self.max_seqs = spec, max_seqs
         self.num_shares = _BLOCKS_PER_SM * device.num_sms
-        self._warps, stages, shared_bytes = _geometry(spec.head_dim, spec.cache_dtype.itemsize)
+        self._warps, stages, shared_bytes = _geometry(spec)
         variant = Variant("attn_decode", (*spec.defines, ("WARPS", self._warps), ("STAGES", stages)))
         self._decode: Kernel = device.kernel(variant, "attn_decode", shared_bytes)
         self._merge = MergeStates(device, spec.head_dim, spec.dtype)
@@ -141,22 +138,14 @@ class DecodeAttention:
             ValueError: an argument does not fit; the sentence names it.
         """
         spec = self.spec
-        check("query", query, spec.dtype, [None, spec.num_heads, spec.head_dim], "dense")
-        if not aligned(query, 4):
-            raise ValueError("rows of query must begin at multiples of 4 bytes")
-        check("block_tables", block_tables, torch.int32, [None, None], "dense")
         check("out", out, spec.dtype, query.shape)
-        pointers, strides = cache_arguments(spec, cache)
-        outputs = output_arguments(spec.head_dim, out, sinks, prefix, logarithms)
-        decode = self._decode.bind(
-            query, *pointers, block_tables, self._sequences, self._shares, *outputs, self._states.out, self._states.logarithms,
-            *query.stride()[:2], *strides, block_tables.stride(0),
-            spec.num_heads, spec.num_kv_heads, spec.window or 0, *spec.scoring,
-        )  # fmt: skip  # in the order of the kernel's parameters
+        plan, outputs = (self._sequences, self._shares), output_arguments(spec.head_dim, out, sinks, prefix, logarithms)
+        arguments = attention_arguments(spec, query, cache, block_tables, plan, outputs, self._states, unit=4)
         merge = self._merge.bind(
             self._states, self._merges, out, spec.num_kv_heads, sinks=sinks, prefix=prefix, logarithms=logarithms
         )
-        return BoundDecode(decode, merge, self.num_shares, self._warps)
+        attend = BoundLaunch(self._decode.bind(*arguments), (self.num_shares, 1, 1), (32 * self._warps, 1, 1))
+        return BoundDecode(attend, merge)
 
     def launch(
         self,
@@ -173,9 +162,9 @@ class DecodeAttention:
         self.bind(query, cache, block_tables, out, sinks=sinks, prefix=prefix, logarithms=logarithms).launch()
 
 
-def _geometry(head_dim: int, item_bytes: int) -> tuple[int, int, int]:
-    """Warps and stages of the decode kernel, and its shared memory: room for the rings, or for the warps' states at the end."""
-    stage = 2 * TILE * (head_dim * item_bytes + (4 if item_bytes == 1 else 0))
-    warps = 4 if head_dim * item_bytes <= 256 else 2
-    stages = 3 if warps * 3 * stage <= _RING_BYTES else 2
-    return warps, stages, max(warps * stages * stage, warps * ROWS * (head_dim + 8 + 2) * 4)
+def _geometry(spec: AttentionSpec) -> tuple[int, int, int]:
+    """Warps and stages of the decode kernel, and its shared memory: for rings and queries, or at the end for states of warps."""
+    warps = 4 if spec.head_dim * spec.cache_dtype.itemsize <= 256 else 2
+    stages = 3 if warps * 3 * spec.tile_bytes <= _RING_BYTES else 2
+    query = ROWS * spec.head_dim * spec.dtype.itemsize if spec.head_dim > 128 else 0
+    return warps, stages, max(warps * stages * spec.tile_bytes + query, warps * ROWS * (spec.head_dim + 8 + 2) * 4)

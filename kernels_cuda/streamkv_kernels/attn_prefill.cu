@@ -17,10 +17,6 @@
 //   next  wgmma with keys and values by TMA (sm_90a): no fragment passes through registers
 #include "attention.cuh"
 
-#ifndef ROW_TILES
-#define ROW_TILES 1
-#endif
-
 constexpr int WARPS = 4, THREADS = 32 * WARPS, WARP_ROWS = 16 * ROW_TILES, ROWS = WARPS * WARP_ROWS;
 constexpr int SPAN = HEAD_DIM > 128 ? 32 : 64, TILES = SPAN / TILE;  // tokens and tiles of a step; 32 keeps head_dim 256 below 99 KiB
 constexpr int PART = ROW_TILES == 1 && !QUANTISED ? TILES : 2;  // tiles whose scores a warp holds at a time: registers decide
@@ -195,8 +191,8 @@ SKV_BOUNDED_KERNEL(attn_prefill, THREADS, HEAD_DIM > 128 ? 1 : 2)(
     const float* __restrict__ prefix_out, const float* __restrict__ prefix_logarithms,
     float* __restrict__ state_out, float* __restrict__ state_logarithms,  // [states, ROWS, HEAD_DIM], [states, ROWS]
     i64 query_row_stride, i64 query_head_stride, i64 block_stride, i64 head_stride, i64 row_stride, i64 scale_block_stride,
-    i64 scale_head_stride, i64 block_size, i64 table_stride, i64 num_heads, i64 num_kv_heads, i64 causal, i64 window, double scale,
-    double cap)
+    i64 scale_head_stride, i64 block_size, i64 table_stride, i64 num_heads, i64 num_kv_heads, i64 window, double scale, double cap,
+    i64 causal)
 {
   SKV_SHARED(shared);
   const int lane = lane_id(), warp = (int)threadIdx.x / 32, kv_head = (int)blockIdx.x % (int)num_kv_heads;

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamkv_kernels.attention import TILE, AttentionSpec, MergeStates, States, cache_arguments, output_arguments
-from streamkv_kernels.checks import aligned, check
+from streamkv_kernels.attention import TILE, AttentionSpec, MergeStates, States, attention_arguments, output_arguments
+from streamkv_kernels.checks import check
 from streamkv_kernels.device import Argument, Device, Kernel, Variant
 from streamkv_kernels.kv_write import LayerCache
 from streamkv_kernels.prefill_plan import ROWS, Ints, PrefillPlan, Shape, SharedPlan, plan_prefill, plan_shared
@@ -32,7 +32,6 @@ from streamkv_kernels.uploads import Room
 __all__ = ["PrefillAttention", "SharedPrefix"]
 
 _THREADS: Final = 128
-_MERGE_WARPS: Final = 4
 _FEW: Final = 256
 """Lines of plans that there is room for at first."""
 
@@ -89,25 +88,15 @@ class _Pieces:
             ValueError: an argument does not fit; the sentence names it.
         """
         spec, (block_tables, query_start, lengths) = self.spec, tables
-        check("query", query, spec.dtype, [None, spec.num_heads, spec.head_dim], "dense")
-        if not aligned(query):
-            raise ValueError("rows of query must begin at multiples of 16 bytes")
-        check("block_tables", block_tables, torch.int32, [None, None], "dense")
+        pieces = self._pieces.filled
+        plan = (query_start, lengths, row_index, pieces)
+        arguments = attention_arguments(spec, query, cache, block_tables, plan, outputs, self.states, unit=16)
         check("query_start", query_start, torch.int32, [len(block_tables) + 1])
         check("seq_lens", lengths, torch.int32, [len(block_tables)])
-        pointers, strides = cache_arguments(spec, cache)
-        pieces = self._pieces.filled
         if not len(pieces):
             return
-        self._kernels[self.plan.rows].launch(
-            (len(pieces) * spec.num_kv_heads, 1, 1), (_THREADS, 1, 1),
-            query, *pointers, block_tables, query_start, lengths, row_index, pieces, *outputs,
-            self.states.out, self.states.logarithms, *query.stride()[:2], *strides, block_tables.stride(0),
-            spec.num_heads, spec.num_kv_heads, int(row_index is None), spec.window or 0, *spec.scoring,
-        )  # fmt: skip  # in the order of the kernel's parameters
-
-    def merge_grid(self) -> tuple[int, int, int]:
-        return (len(self.merges), self.plan.rows // _MERGE_WARPS, 1)
+        grid = (len(pieces) * spec.num_kv_heads, 1, 1)
+        self._kernels[self.plan.rows].launch(grid, (_THREADS, 1, 1), *arguments, int(row_index is None))
 
 
 class PrefillAttention:
@@ -170,10 +159,9 @@ class PrefillAttention:
         outputs = output_arguments(spec.head_dim, out, sinks, prefix, logarithms)
         pieces.launch(query, cache, (block_tables, query_start, seq_lens), outputs, row_index=None)
         if len(pieces.merges):
-            bound = self._merge.bind(
+            self._merge.bind(
                 pieces.states, pieces.merges, out, spec.num_kv_heads, sinks=sinks, prefix=prefix, logarithms=logarithms
-            )
-            bound.launch(pieces.merge_grid(), (32 * _MERGE_WARPS, 1, 1))
+            ).launch()
 
 
 class SharedPrefix:
@@ -229,20 +217,17 @@ class SharedPrefix:
         nothing = (None,) * 5  # every piece leaves a state
         pieces.launch(query, cache, (block_tables, row_start, lengths), nothing, row_index=row_index)
         if len(pieces.merges):
-            bound = self._merge.bind(
+            self._merge.bind(
                 pieces.states,
                 pieces.merges,
                 states.out,
                 spec.num_kv_heads,
                 row_index=row_index,
                 logarithms=states.logarithms,
-            )
-            bound.launch(pieces.merge_grid(), (32 * _MERGE_WARPS, 1, 1))
+            ).launch()
         return states
 
 
 def _shared_bytes(spec: AttentionSpec, rows: int) -> int:
     span = 64 if spec.head_dim <= 128 else 32
-    item = spec.cache_dtype.itemsize
-    tile = 2 * TILE * (spec.head_dim * item + (4 if item == 1 else 0))
-    return rows * spec.head_dim * 2 + 2 * (span // TILE) * tile
+    return rows * spec.head_dim * spec.dtype.itemsize + 2 * (span // TILE) * spec.tile_bytes

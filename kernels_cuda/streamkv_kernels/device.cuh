@@ -105,6 +105,7 @@ template <class T> SKV_DEV u32 pack(float lo, float hi) {
 // Bytes b0 .. b3 of a and b4 .. b7 of b, picked by the digits of `pick`, lowest first.
 SKV_DEV u32 byte_perm(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 SKV_DEV u32 f16x2_mul(u32 a, u32 b) { u32 y; asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b)); return y; }
+SKV_DEV u32 f16x2_fma(u32 a, u32 b, u32 c) { u32 y; asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(y) : "r"(a), "r"(b), "r"(c)); return y; }
 SKV_DEV u32 f16x2_sub(u32 a, u32 b) { u32 y; asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b)); return y; }
 #endif
 
@@ -124,10 +125,9 @@ SKV_DEV u32 e4m3x2_to_f16x2(u32 pair) {
 #else
   const u32 wide = byte_perm(pair, 0u, 0x1404);  // each byte in the upper half of its 16 bits
   const u32 magnitude = (wide & 0x7f007f00u) >> 1;
-  const u32 scaled = f16x2_mul(magnitude, 0x5c005c00u);  // * 256
-  const u32 lo = (magnitude & 0xffffu) == 0x3f80u ? 0x7fffu : scaled & 0xffffu;
-  const u32 hi = magnitude >> 16 == 0x3f80u ? 0x7fffu : scaled >> 16;
-  return (lo | hi << 16) | (wide & 0x80008000u);
+  // What a NaN's code stands for here, 480 / 256, is the only number whose product with 35840 is infinite; inf - inf is NaN.
+  const u32 product = f16x2_mul(magnitude, 0x78607860u), zero_or_nan = f16x2_sub(product, product);
+  return f16x2_fma(magnitude, 0x5c005c00u, zero_or_nan) | (wide & 0x80008000u);  // * 256
 #endif
 }
 // Two int8 in the low 16 bits of `pair` as two f16, exactly: 1024 + (x + 128) has x + 128 in its low bits.

@@ -150,4 +150,5 @@ SKV_DEV u32 byte_perm(u32 a, u32 b, u32 pick) {
   return result;
 }
 SKV_DEV u32 f16x2_mul(u32 a, u32 b) { return pack<f16>(to_f32(f16{(u16)a}) * to_f32(f16{(u16)b}), to_f32(f16{(u16)(a >> 16)}) * to_f32(f16{(u16)(b >> 16)})); }
+SKV_DEV u32 f16x2_fma(u32 a, u32 b, u32 c) { return pack<f16>(fmaf(to_f32(f16{(u16)a}), to_f32(f16{(u16)b}), to_f32(f16{(u16)c})), fmaf(to_f32(f16{(u16)(a >> 16)}), to_f32(f16{(u16)(b >> 16)}), to_f32(f16{(u16)(c >> 16)}))); }
 SKV_DEV u32 f16x2_sub(u32 a, u32 b) { return pack<f16>(to_f32(f16{(u16)a}) - to_f32(f16{(u16)b}), to_f32(f16{(u16)(a >> 16)}) - to_f32(f16{(u16)(b >> 16)})); }

@@ -27,9 +27,11 @@ def check(device: EmulatedDevice) -> None:
         AssertionError: about numbers, or about turns of banks.
     """
     sinks = torch.linspace(-2.0, 3.0, 6)
-    for window, soft_cap in ((None, None), (70, 20.0)):
-        # 8 bits: their code is that of 16 and more. One variant, since most of the time goes into compiling.
-        batch = Paged(spec_of((6, 2), 64, torch.bfloat16, torch.float8_e4m3fn, window=window, soft_cap=soft_cap), LENGTHS, 32)
+    # 8 bits: their code is that of 16 and more. One variant, since most of the time goes into compiling; a second for what is
+    # noticed only where heads are wide.
+    for head_dim, window, soft_cap in ((64, None, None), (64, 70, 20.0), (256, None, None)):
+        spec = spec_of((6, 2), head_dim, torch.bfloat16, torch.float8_e4m3fn, window=window, soft_cap=soft_cap)
+        batch = Paged(spec, LENGTHS, 32)
         begins = BEGINS if window is None else np.zeros_like(BEGINS)
         prefix = torch_states(batch, begins)
         for schedule in (Schedule(), Schedule("newest", early_copies=True)):
@@ -37,10 +39,10 @@ def check(device: EmulatedDevice) -> None:
             decode, out = DecodeAttention(scheduled, batch.spec, len(LENGTHS)), batch.out()
             decode.load(decode.plan(batch.query_start, batch.seq_lens, begins=begins))
             bound = decode.bind(batch.query, batch.cache, batch.block_tables, out, sinks=sinks, prefix=prefix)
-            bound.attend()
+            bound.attend.launch()
             turns, loads = (scheduled.counters[name] for name in ("ldmatrix_wavefronts", "ldmatrix"))
             assert turns == 4 * loads, f"{turns} turns of banks for {loads} ldmatrix"
-            bound.merge()
+            bound.merge.launch()
             error = batch.judge(out, sinks)
             assert error <= 1, f"the error is {error:.1f} times that of plain torch"
 
@@ -153,7 +155,18 @@ PLANTED: Final = (
         "checked",
         "belong to none",
     ),
-    Planted("rows 8-15 are rows 0-7", _DECODE, "query_row(lane_id() / 4 + 8)", "query_row(lane_id() / 4)", "numbers"),
+    Planted("rows 8-15 are rows 0-7", _DECODE, "query_row(lane / 4 + 8)", "query_row(lane / 4)", "numbers"),
+    Planted(
+        "queries of a wide head are read before all are there",
+        _DECODE,
+        "        sync_block();\n        attend(",
+        "        attend(",
+        "checked",
+        "race",
+    ),
+    Planted(
+        "queries of a wide head lie behind one ring", _DECODE, "shared + WARPS * RING_BYTES", "shared + RING_BYTES", "numbers"
+    ),
     Planted("warps are joined without their maxima", _DECODE, "{sums[0], sums[1],", "{0.f, sums[1],", "numbers"),
     Planted("the prefix of whole jobs is left out", _DECODE, "result, piece.of.begin > 0", "result, false", "numbers"),
     Planted("chunks are not permuted", _SHARED, "(chunk ^ (row / (8 / spread) % spread))", "chunk", "numbers"),

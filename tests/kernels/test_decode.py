@@ -60,7 +60,7 @@ def test_no_lane_waits_for_a_bank(device: EmulatedDevice, dtype: torch.dtype, ca
     batch = Paged(spec_of((4, 2), head_dim, dtype, cache_dtype), [(1, 150)])
     decode = DecodeAttention(device, batch.spec, 1)
     decode.load(decode.plan(batch.query_start, batch.seq_lens))
-    decode.bind(batch.query, batch.cache, batch.block_tables, batch.out()).attend()
+    decode.bind(batch.query, batch.cache, batch.block_tables, batch.out()).attend.launch()
     assert device.counters["ldmatrix"] > 0
     assert device.counters["ldmatrix_wavefronts"] == 4 * device.counters["ldmatrix"]
 
@@ -133,7 +133,7 @@ def test_memory_is_read_in_whole_sectors_and_shared_memory_without_turns(
     decode = DecodeAttention(device, batch.spec, 1)
     decode.load(decode.plan(batch.query_start, batch.seq_lens))
     bound = decode.bind(batch.query, batch.cache, batch.block_tables, batch.out())
-    bound.attend()
+    bound.attend.launch()
     counters = device.counters
     assert counters["least_shared_wavefronts"] > 0
     assert counters["shared_wavefronts"] <= 1.06 * counters["least_shared_wavefronts"]  # outputs of 8 bits meet at the end
@@ -141,7 +141,7 @@ def test_memory_is_read_in_whole_sectors_and_shared_memory_without_turns(
     tiles = 2 * -(-1300 // 16)
     cache = tiles * 16 * 64 * cache_dtype.itemsize * 2 // 32
     assert counters["global_sectors"] < 1.5 * cache  # for all rows once; the rest is queries, outputs and states
-    bound.merge()
+    bound.merge.launch()
     assert device.counters["global_sectors"] == device.counters["least_global_sectors"]
 
 
@@ -190,7 +190,7 @@ def test_states_merge_into_the_rows_that_an_index_names(device: EmulatedDevice, 
     row_index = torch.tensor([9, 2, 7, 4, 5, 1, 0, 3], dtype=torch.int32)
     out, logarithms = torch.full((10, 8, 80), NAN).to(dtype), torch.full((10, 8), NAN)
     bound = MergeStates(device, 80, dtype).bind(states, merges, out, 2, row_index=row_index, logarithms=logarithms)
-    bound.launch((3, 2, 1), (64, 1, 1))
+    bound.launch()
     left = torch.ones(10, 8, dtype=torch.bool)
     for first_row, first_packed, rows, head, state, pieces, _, _ in merges.tolist():
         for row in range(rows):
@@ -224,7 +224,7 @@ def test_offsets_beyond_32_bits(device: EmulatedDevice) -> None:
 def _bad(batch: Paged) -> dict[str, dict[str, Any]]:
     tables, cache = batch.block_tables, batch.cache
     return {
-        "query has the shape": {"query": batch.query[:, :3]},
+        "query has the shape": {"query": batch.query[:, :3], "out": batch.out()[:, :3].contiguous()},
         "query is float16": {"query": batch.query.half()},
         "the last dimension of query": {"query": batch.query.transpose(0, 2).contiguous().transpose(0, 2)},
         "rows of query": {"query": torch.zeros(batch.query.numel() + 1, dtype=BF16)[1:].view(batch.query.shape)},
