@@ -60,6 +60,10 @@ class TimedRunner:
         ]
         return Done(Sampled(tokens))
 
+    def record_ahead(self) -> bool:
+        """There is nothing to record."""
+        return False
+
     def resume(self) -> None:
         """Nothing has failed."""
 

@@ -12,6 +12,7 @@ Everything outside speaks of block ids; slot s of block b is the KV of one token
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,7 +20,7 @@ import torch
 
 from streamkv.fused import FusedOps
 
-__all__ = ["AttentionBackend", "KVPool", "KVSpec", "LayerSpec", "Limits", "StepTensors"]
+__all__ = ["AttentionBackend", "KVPool", "KVSpec", "LayerSpec", "Limits", "Recorder", "Rotator", "StepTensors"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,4 +190,63 @@ class AttentionBackend(Protocol):
 
         Returns:
             [num_tokens, num_heads, head_dim], the dtype of `query`; padding rows are 0.
+        """
+
+
+@runtime_checkable
+class Recorder(Protocol):
+    """What a backend may be too: able to record a whole forward pass, to run it again without its Python.
+
+    A pass takes token ids and positions, [1, num_tokens], and the rows whose logits are wanted, [num_wanted].
+    """
+
+    @property
+    def recorded_ahead(self) -> tuple[int, ...]:
+        """Numbers of tokens that are worth recording before a step has them, rising."""
+
+    def recorded_size(self, num_tokens: int) -> int | None:
+        """With how many tokens a pass over `num_tokens` is recorded: more = it is to be padded; None = it is not."""
+
+    def recording_key(self, metadata: Any) -> Hashable | None:
+        """What a recording of this step is good for beside its size: all steps with an equal key. None = it is not recorded."""
+
+    def record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any | None]:
+        """Run `function(*inputs)` over the step that was prepared last, and write down what it does.
+
+        Returns:
+            Its result, and the recording; None if it cannot be run again.
+
+        Raises:
+            Exception: the pass has failed, or does what cannot be recorded.
+        """
+
+    def replay(self, recorded: Any, inputs: tuple[torch.Tensor, ...], metadata: Any) -> torch.Tensor | None:
+        """Run a recording again, with inputs of the same shapes, over another step with an equal key.
+
+        Returns:
+            Its result, overwritten by the next replay; None if this step has to go through Python.
+        """
+
+
+@runtime_checkable
+class Rotator(Protocol):
+    """What a backend may be too: able to do the rotary embedding as it attends, one pass over queries and keys less."""
+
+    def rotate_and_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: int,
+        metadata: Any,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Bit by bit what `attend` gives for what `FusedOps.rotate` gives.
+
+        Args:
+            query, key, value: as of `attend`, in the dtype of the backend's `ops`, but not rotated.
+            cos, sin: [num_tokens, head_dim], as of `FusedOps.rotate`.
+            layer, metadata, sinks: as of `attend`.
         """

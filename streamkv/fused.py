@@ -6,8 +6,7 @@ device, any strides, and give contiguous ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -51,11 +50,3 @@ class FusedOps(Protocol):
 
     def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[n, vocab_size] -> the first of each row's largest logits, [n] int64; whether all of a row are finite, [n] bool."""
-
-    def record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any | None]:
-        """Run `function(*inputs)` and write down what it does.
-
-        Returns:
-            Its result, and the recording, None if it cannot be run again: the backend's `replay(recording, inputs, metadata)`
-            runs it again over another step's sequences and gives its result, or None if this step has to go through Python.
-        """

@@ -243,12 +243,6 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
     processors: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def needs_history(self) -> bool:
-        """Whether what is sampled next depends on the tokens before, beyond what the logits say."""
-        unlike = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
-        return unlike or bool(self.bad_words or self.processors)
-
-    @property
     def is_memoryless(self) -> bool:
         """Whether what is sampled follows from logits and position alone, and nothing is told beside it.
 

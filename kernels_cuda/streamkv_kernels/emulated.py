@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import POINTER, Structure, byref, c_char, c_char_p, c_double, c_int, c_uint, c_uint64, c_void_p, cast, pointer
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -106,6 +107,7 @@ class EmulatedDevice:
         record_traffic: count wavefronts of shared and sectors of global memory too, in a checked device.
         machine_defines: macros of `emulator.cpp`.
         counters: what the latest launch did; `emulator.h` says of each what it counts.
+        on_launch: told of every launch, by what repeats it: what stands in for a CUDA graph records them.
     """
 
     checked: bool = False
@@ -118,6 +120,7 @@ class EmulatedDevice:
     record_traffic: bool = False
     machine_defines: tuple[str, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
+    on_launch: Callable[[Callable[[], None]], None] | None = None
     _libraries: dict[Variant, _Library] = field(default_factory=dict)
 
     @property
@@ -282,6 +285,8 @@ class EmulatedBound:
         device.counters = {name: getattr(counters, name) for name in _COUNTERS}
         if failed:
             raise self._error(failure)
+        if device.on_launch is not None:
+            device.on_launch(partial(self.launch, grid, block))
 
     def _error(self, failure: _Failure) -> EmulatorError:
         line = self.kernel.library.line

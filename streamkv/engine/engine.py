@@ -58,6 +58,9 @@ class Runner(Protocol):
     def resume(self) -> None:
         """Compute again."""
 
+    def record_ahead(self) -> bool:
+        """Nothing is to be done: do a little of what will save time later. False = there is nothing left of that."""
+
 
 @dataclass(slots=True)
 class _Asked:
@@ -107,6 +110,7 @@ class InProcessEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        self._ahead = True  # the runner has something to record
         self._steps = 0
         self._step_tokens = [0] * (len(STEP_TOKEN_BOUNDS) + 1)
         self._computed_tokens = 0
@@ -202,6 +206,9 @@ class InProcessEngine:
             drafts=stats.drafts,
             draft_tokens=stats.draft_tokens,
             accepted_tokens=stats.accepted_tokens,
+            swapped_out=stats.swapped_out,
+            swapped_in=stats.swapped_in,
+            host_slots_used=stats.host_slots_used,
         )
 
     async def kv_map(self) -> KVMap:
@@ -309,6 +316,9 @@ class InProcessEngine:
         await self._send(self._scheduler.take_events())
         if not self._scheduler.has_requests:
             self._idle.set()
+        if not self._ended and self._ahead and not self._wake.is_set():
+            await self._record_ahead()
+            return
         if not self._ended:
             deadline = self._scheduler.next_deadline
             timeout = None if deadline is None else max(0.0, deadline - self._clock())
@@ -316,6 +326,13 @@ class InProcessEngine:
                 async with asyncio.timeout(timeout):
                     await self._wake.wait()
         self._wake.clear()
+
+    async def _record_ahead(self) -> None:
+        try:
+            self._ahead = await self._thread.submit(self._runner.record_ahead)
+        except Exception:  # any: the steps themselves can do without
+            log.warning("recording_ahead_failed", exc_info=True)
+            self._ahead = False
 
     # -- a step that failed ---------------------------------------------------------------------------------------
 

@@ -19,15 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from streamkv.attention import AttentionBackend, KVPool, StepTensors
+from streamkv.attention import AttentionBackend, KVPool, Recorder, StepTensors
 from streamkv.core.step import PENDING, Sampled, Step
 from streamkv.runner.hook import KVContext
+from streamkv.runner.host_blocks import HostBlocks
 from streamkv.runner.loader import LoadedModel
 from streamkv.runner.logits_processor import LogitsProcessor
+from streamkv.runner.packing import Batch, kept, pack, padded
 from streamkv.runner.params import RowExtra, RowParams
-from streamkv.runner.prompt_reader import HiddenTap, PromptReader, Range
+from streamkv.runner.prompt_reader import HiddenTap, LaunchedPrompts, PromptReader, Range
 from streamkv.runner.recordings import Recordings
-from streamkv.runner.sampling_tables import RowSampler
+from streamkv.runner.sampling_tables import LaunchedLogprobs, RowSampler
 from streamkv.runner.transfer import HostCopy, upload
 
 __all__ = ["Launched", "ModelRunner", "SkippedStepError"]
@@ -38,43 +40,24 @@ class SkippedStepError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
-    """A step in arrays.
-
-    Attributes:
-        rows, tenures, starts, counts: [num_seqs]; whose the rows were is told by their tenures.
-        tokens, positions: [num_tokens]; a token may be `PENDING`.
-        token_rows: [num_tokens], the row that each token belongs to.
-        sampled: [num_sampled], entries that sample; one with drafts comes once for each of its tokens.
-        places: [num_sampled], packed rows whose logits are sampled from.
-    """
-
-    step_id: int
-    rows: npt.NDArray[np.int64]
-    tenures: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]
-    tokens: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    token_rows: npt.NDArray[np.int64]
-    sampled: npt.NDArray[np.int64]
-    places: npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
 class Launched:
     """A step whose tokens may still be on their way; `streamkv.engine.thread.Pending`.
 
     Attributes:
+        tenures: [num_seqs], whose the batch's rows are.
         tokens: [num_sampled] ids, and whether the logits were finite.
-        extras, failed: as `Sampled`, as far as they are known.
+        told: log-probabilities of them.
+        of_prompts: the same of prompt tokens, by entry.
+        pooled: vectors, by entry.
     """
 
     runner: ModelRunner
-    batch: _Batch
+    batch: Batch
+    tenures: npt.NDArray[np.int64]
     tokens: HostCopy
-    extras: dict[int, RowExtra]
-    failed: set[int]
+    told: LaunchedLogprobs | None
+    of_prompts: LaunchedPrompts
+    pooled: dict[int, HostCopy]
 
     def ready(self) -> bool:
         """Whether `collect` would not wait."""
@@ -98,6 +81,7 @@ class ModelRunner:
         max_model_len: int,
         processors: Mapping[str, LogitsProcessor] | None = None,
         tap: HiddenTap | None = None,
+        host: HostBlocks | None = None,
         poison: bool = False,
         late: bool | None = None,
         on_pass: Callable[[], None] = lambda: None,
@@ -109,11 +93,13 @@ class ModelRunner:
             late: whether that is behind the forward pass and not before it; None = on a GPU.
             processors: logits processors that requests may ask for, by name.
             tap: where the model's hidden states can be had; None = no request asks for a vector.
+            host: where steps move blocks of preempted requests; None = they never do.
             poison: debug: fill every newly handed out block with NaN, so that a read of an unwritten slot is seen.
         """
         self._model = model
         self._backend = backend
         self._pool = pool
+        self._host = host or HostBlocks(pool)
         self._poison = poison
         self._on_pass = on_pass
         self._block_size = pool.spec.block_size
@@ -121,7 +107,6 @@ class ModelRunner:
         blocks_per_row = -(-max_model_len // self._block_size)
         self._tables: npt.NDArray[np.int32] = np.zeros((max_num_seqs, blocks_per_row), np.int32)
         self._tenures: npt.NDArray[np.int64] = np.zeros(max_num_seqs, np.int64)  # how often a row was admitted to
-        self._remembers: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, np.bool_)  # rows that need their history to sample
         self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=model.device)
         self._late = model.device.type == "cuda" if late is None else late
         self._sampler = RowSampler(
@@ -135,8 +120,13 @@ class ModelRunner:
         self._prompts = PromptReader()
         self._tap = tap
         self._failed_at: int | None = None  # the step that failed
-        records = hasattr(backend, "replay") and backend.ops is not None and model.dtype is backend.ops.dtype
-        self._recordings = Recordings(backend, self._ask_model) if records else None
+        self._recordings: Recordings | None = None
+        self._ahead: list[int] = []  # sizes to be recorded before they come, from behind
+        if isinstance(backend, Recorder):
+            self._recordings = Recordings(backend, self._ask_model)
+            most = self._recordings.padded(max_num_seqs)
+            # The largest first: CUDA graphs share their memory, and what is recorded later fits into it.
+            self._ahead = [size for size in backend.recorded_ahead if size <= most]
 
     @property
     def pool(self) -> KVPool:
@@ -179,18 +169,21 @@ class ModelRunner:
             raise SkippedStepError(f"step {step_id} was skipped")
 
     def _take_over(self, step: Step, params: Mapping[int, RowParams]) -> None:
-        """Tables, clears and copies: also for a step that is then skipped, because the next one builds on them."""
+        """Tables and all moves of blocks: also for a step that is then skipped, because the next one builds on them."""
         for row, _ in step.admitted:
             self._sampler.admit(row, params[row])
             self._prompts.admit(row, params[row])
             self._tenures[row] += 1
-            self._remembers[row] = params[row].sampling.needs_history
         for row, first, ids in step.tables:
             self._tables[row, first : first + len(ids)] = ids
+        if step.swap_out:
+            self._host.swap_out(step.swap_out)
         if step.clears:
             self._pool.fill(step.clears, 0.0)
         if step.copies:
             self._pool.copy(step.copies)
+        if step.swap_in:
+            self._host.swap_in(step.swap_in)
         if self._poison:
             self._poison_new_blocks(step)
 
@@ -207,59 +200,37 @@ class ModelRunner:
             self._pool.fill(new, float("nan"))
 
     def _compute(self, step: Step) -> Launched:
-        batch = self._pack(step)
+        batch, tensors = pack(step, self._tables, self._block_size)
         ranges = self._prompts.ranges(batch.rows, batch.starts, batch.counts)
         keep = batch.places  # packed rows whose logits are wanted: first those that sample
         if ranges:
             keep = np.concatenate([keep, *(np.arange(part.first, part.first + part.end - part.start) for part in ranges)])
         if self._prompts.pools and self._tap is not None:
             self._tap.expect()
-        late = self._late and not self._remembers[batch.rows[batch.sampled]].any()
+        inputs = [batch.tokens, batch.positions, keep, batch.token_rows]
+        if self._recordings is not None and batch.only_decodes and not ranges:
+            inputs, tensors = self._padded(inputs, tensors, self._recordings.padded(len(batch.tokens)))
+        self._context.metadata = self._backend.prepare(tensors)
+        late = self._late and not self._sampler.needs_history(batch.rows[batch.sampled])
         if not late:
             self._on_pass()
             self._see_that_none_failed(step.id)
-        launched = self._finish(batch, ranges, self._forward(batch.tokens, batch.positions, keep, batch.token_rows))
+        launched = self._finish(batch, ranges, self._forward(*inputs))
         if late:
             self._on_pass()
         return launched
 
-    def _pack(self, step: Step) -> _Batch:
-        """The step as packed arrays; the backend is told of it."""
-        rows = np.asarray(step.rows, np.int64)  # [num_seqs]
-        starts = np.asarray(step.starts, np.int64)
-        counts = np.asarray(step.counts, np.int64)
-        query_start = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum(counts, out=query_start[1:])
-        entry = np.repeat(np.arange(len(rows)), counts)  # [num_tokens], which sequence a token belongs to
-        positions = np.arange(len(entry)) - query_start[entry] + starts[entry]  # [num_tokens]
-        size = self._block_size
-        blocks = self._tables[rows[entry], positions // size].astype(np.int64)
-        seq_lens = (starts + counts).astype(np.int32)
-        width = -(-int(seq_lens.max()) // size)
-        self._context.metadata = self._backend.prepare(
-            StepTensors(
-                query_start=torch.from_numpy(query_start),
-                seq_lens=torch.from_numpy(seq_lens),
-                block_tables=torch.from_numpy(self._tables[rows, :width]),
-                slots=torch.from_numpy(blocks * size + positions % size),
-            )
-        )
-        samples = np.asarray(step.samples, np.int64)
-        sampled = np.repeat(np.arange(len(rows)), samples)
-        # The last `samples` packed rows of each entry: its end, less how many of its own come behind.
-        behind = np.cumsum(samples)[sampled] - np.arange(len(sampled))
-        return _Batch(
-            step_id=step.id,
-            rows=rows,
-            tenures=self._tenures[rows],
-            starts=starts,
-            counts=counts,
-            tokens=np.asarray(step.tokens, np.int64),
-            positions=positions,
-            token_rows=rows[entry],
-            sampled=sampled,
-            places=query_start[1:].astype(np.int64)[sampled] - behind,
-        )
+    @staticmethod
+    def _padded(
+        inputs: list[npt.NDArray[np.int64]], tensors: StepTensors, size: int
+    ) -> tuple[list[npt.NDArray[np.int64]], StepTensors]:
+        """What `_forward` and the backend get for a step of decodes, as long as a recorded one."""
+        count = len(inputs[0])
+        if size == count:
+            return inputs, tensors
+        tokens, positions, keep, token_rows = (np.pad(numbers, (0, size - count)) for numbers in inputs)
+        keep[count:] = np.arange(count, size)
+        return [tokens, positions, keep, token_rows], padded(tensors, size - count)
 
     def _forward(
         self,
@@ -269,16 +240,44 @@ class ModelRunner:
         token_rows: npt.NDArray[np.int64],
     ) -> torch.Tensor:
         """[len(keep), vocab_size]; at least one row is computed, because transformers reads an empty list as all."""
-        wanted = keep if len(keep) else np.zeros(1, np.int64)
-        ids, places, kept, rows = upload([tokens, positions, wanted, token_rows], self._model.device)
-        if (tokens == PENDING).any():
-            ids = torch.where(ids == PENDING, self._last_token[rows], ids)
-        inputs = (ids[None], places[None], kept)
+        inputs = self._uploaded(tokens, positions, keep if len(keep) else np.zeros(1, np.int64), token_rows)
         if self._recordings is not None and not self._prompts.pools:
             logits = self._recordings.run(inputs, self._context.metadata)
         else:
             logits = self._ask_model(*inputs)
         return logits[: len(keep)]
+
+    def _uploaded(
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        keep: npt.NDArray[np.int64],
+        token_rows: npt.NDArray[np.int64],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids and positions, [1, num_tokens], and the rows whose logits are wanted, on the device."""
+        ids, places, kept_rows, rows = upload([tokens, positions, keep, token_rows], self._model.device)
+        if (tokens == PENDING).any():
+            ids = torch.where(ids == PENDING, self._last_token[rows], ids)
+        return ids[None], places[None], kept_rows
+
+    @torch.inference_mode()
+    def record_ahead(self) -> bool:
+        """Record one more size of decode steps before such a step comes; False if there is none left. For idle times."""
+        if self._recordings is None:
+            return False
+        while self._ahead:
+            size = self._ahead.pop()
+            nothing = StepTensors(
+                query_start=torch.zeros(1, dtype=torch.int32),
+                seq_lens=torch.zeros(0, dtype=torch.int32),
+                block_tables=torch.zeros((0, 1), dtype=torch.int32),
+                slots=torch.zeros(0, dtype=torch.int64),
+            )
+            self._context.metadata = self._backend.prepare(padded(nothing, size))
+            zeros = np.zeros(size, np.int64)
+            if self._recordings.ahead(self._uploaded(zeros, zeros, np.arange(size), zeros), self._context.metadata):
+                return True
+        return False
 
     def _ask_model(self, tokens: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         output = self._model.module(
@@ -291,34 +290,21 @@ class ModelRunner:
         logits: torch.Tensor = output.logits[0]
         return logits
 
-    def _finish(self, batch: _Batch, ranges: list[Range], logits: torch.Tensor) -> Launched:
+    def _finish(self, batch: Batch, ranges: list[Range], logits: torch.Tensor) -> Launched:
         """Sample, and read what else is wanted. State changes last: a step that fails before leaves its rows as they were."""
-        sampled = batch.sampled
-        rows = batch.rows[sampled]
-        own, of_prompts = logits[: len(sampled)], logits[len(sampled) :]
-        extras = {
-            entry: RowExtra(prompt_logprobs=told)
-            for entry, told in self._prompts.launch_logprobs(ranges, of_prompts).read().items()
-        }
-        chosen: torch.Tensor | None = None
-        copy = HostCopy()
-        if len(sampled):
-            chosen, finite = self._sampler.sample(rows, batch.positions[batch.places] + 1, own)
-            copy = HostCopy(chosen, finite)
-            bad = set((~finite).nonzero().flatten().tolist())
-            for index, value in self._sampler.launch_logprobs(rows, own, chosen).read(bad).items():
-                entry = int(sampled[index])
-                extras[entry] = replace(extras.get(entry, RowExtra()), logprobs=value)
-        failed: set[int] = set()
-        for entry, vector in self._pooled(batch).items():
-            extras[entry] = replace(extras.get(entry, RowExtra()), embedding=vector.cpu().numpy().astype("<f4").tobytes())
-            if not bool(torch.isfinite(vector).all()):
-                failed.add(entry)
-        if chosen is not None:
+        rows = batch.rows[batch.sampled]
+        own, of_prompts = logits[: len(rows)], logits[len(rows) :]
+        told, tokens = None, HostCopy()
+        if len(rows):
+            chosen, finite = self._choose(rows, batch.positions[batch.places] + 1, own)
+            told, tokens = self._sampler.launch_logprobs(rows, own, chosen), HostCopy(chosen, finite)
+        scored = self._prompts.launch_logprobs(ranges, of_prompts)
+        pooled = {entry: HostCopy(vector) for entry, vector in self._pooled(batch).items()}
+        if len(rows):
             self._remember(batch, chosen)
-        return Launched(self, batch, copy, extras, failed)
+        return Launched(self, batch, self._tenures[batch.rows], tokens, told, scored, pooled)
 
-    def _remember(self, batch: _Batch, chosen: torch.Tensor) -> None:
+    def _remember(self, batch: Batch, chosen: torch.Tensor) -> None:
         """Let the next step find what rows have sampled. Drafts are left out: a step after them knows what they came to."""
         single = np.flatnonzero(np.bincount(batch.sampled, minlength=len(batch.rows))[batch.sampled] == 1)
         if len(single) == len(chosen):
@@ -336,32 +322,51 @@ class ModelRunner:
             SkippedStepError: an earlier step has failed meanwhile.
             Exception: the device has failed; later steps are skipped until `resume`.
         """
-        batch, extras = launched.batch, launched.extras
-        sampled = batch.sampled
+        batch, sampled = launched.batch, launched.batch.sampled
         self._see_that_none_failed(batch.step_id)
         try:
             ids, finite = (copy.tolist() for copy in launched.tokens.wait()) if len(sampled) else ([], [])
+            bad = {index for index, good in enumerate(finite) if not good}
+            extras = self._extras(launched, bad)
         except BaseException:
             self._failed_at = batch.step_id
             raise
-        kept = _kept(batch, ids)
-        failed = launched.failed | {int(sampled[index]) for index, good in enumerate(finite) if kept[index] and not good}
+        right = kept(batch, ids)
+        failed = {int(sampled[index]) for index in bad if right[index]}
+        failed |= {entry for entry, copy in launched.pooled.items() if not bool(torch.isfinite(copy.wait()[0]).all())}
         result: list[tuple[int, ...]] = [()] * len(batch.rows)
-        for entry, token, keep in zip(sampled.tolist(), ids, kept, strict=True):
+        for entry, token, keep in zip(sampled.tolist(), ids, right, strict=True):
             if keep:
                 result[entry] += (token,)
-        self._take(batch, result)
+        self._take(launched, result)
         return Sampled(result, frozenset(failed), extras)
 
-    def _take(self, batch: _Batch, result: list[tuple[int, ...]]) -> None:
+    def _extras(self, launched: Launched, bad: set[int]) -> dict[int, RowExtra]:
+        """What entries are told beside their tokens; `bad` indices of `sampled` are told nothing."""
+        extras = {entry: RowExtra(prompt_logprobs=told) for entry, told in launched.of_prompts.read().items()}
+        for index, told in (launched.told.read(bad) if launched.told is not None else {}).items():
+            entry = int(launched.batch.sampled[index])
+            extras[entry] = replace(extras.get(entry, RowExtra()), logprobs=told)
+        for entry, copy in launched.pooled.items():
+            vector = copy.wait()[0].numpy().astype("<f4").tobytes()
+            extras[entry] = replace(extras.get(entry, RowExtra()), embedding=vector)
+        return extras
+
+    def _take(self, launched: Launched, result: list[tuple[int, ...]]) -> None:
         """What was sampled becomes part of its rows, if they still are whose they were; most have one token, or none."""
-        own = batch.tenures == self._tenures[batch.rows]
+        batch, own = launched.batch, launched.tenures == self._tenures[launched.batch.rows]
         nth = 0
         while entries := [entry for entry, tokens in enumerate(result) if len(tokens) > nth and own[entry]]:
             self._sampler.append(batch.rows[entries], [result[entry][nth] for entry in entries])
             nth += 1
 
-    def _pooled(self, batch: _Batch) -> dict[int, torch.Tensor]:
+    def _choose(
+        self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token per row, and whether its logits are finite."""
+        return self._sampler.sample(rows, positions, logits)
+
+    def _pooled(self, batch: Batch) -> dict[int, torch.Tensor]:
         if not self._prompts.pools or self._tap is None:
             return {}
         hidden = self._tap.take()
@@ -383,12 +388,3 @@ class ModelRunner:
             )
         )
         self._forward(np.zeros(num_tokens, np.int64), positions, positions, np.zeros(num_tokens, np.int64))
-
-
-def _kept(batch: _Batch, ids: list[int]) -> list[bool]:
-    """Which of the sampled tokens count: those that stand behind nothing but what was sampled before them, drafts or not."""
-    kept: list[bool] = []
-    for index, (entry, place) in enumerate(zip(batch.sampled.tolist(), batch.places.tolist(), strict=True)):
-        first = index == 0 or batch.sampled[index - 1] != entry
-        kept.append(first or (kept[-1] and ids[index - 1] == batch.tokens[place]))
-    return kept

@@ -1,31 +1,35 @@
 """Small steps without their Python: a pass of each size is recorded when it comes again, and then run from the recording.
 
-A backend whose `ops` can record offers it; for transformers' modules a pass is the same calls in the same order however often
-it runs. A recording is trusted after it has given the same bits as the model's own pass twice, for two different steps.
+A backend that is a `Recorder` offers it: the cpu backend writes down native calls, the cuda backend makes CUDA graphs. For
+transformers' modules a pass is the same calls in the same order however often it runs. A recording is trusted after it has given
+the same numbers as the model's own pass twice, for two different steps.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
 import structlog
 import torch
 
+from streamkv.attention import Recorder
+
 __all__ = ["Recordings"]
 
-_MOST_TOKENS: Final = 64  # beyond, Python is a small part of a step
-_KEPT: Final = 32  # sizes; each holds a step's buffers, the least recently used goes first
+_KEPT: Final = 64  # sizes; each holds a step's buffers, the least recently used goes first
 _REMEMBERED: Final = 256  # sizes that were met once: that of a prompt's last piece may never come again
 _PROOFS: Final = 2
+_CLOSE: Final = 2.0**-5  # of a row's largest logit: another token's logits are further away
 _MOST_DETOURS: Final = 8  # steps in a row that went through Python although there was a recording
 
 log = structlog.get_logger(__name__)
 
 Pass = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_Key = tuple[int, int, Hashable]
 
 
 @dataclass(slots=True)
@@ -35,12 +39,12 @@ class _Kept:
 
 
 class Recordings:
-    """Recordings of one model over one pool, by number of tokens and of rows whose logits are wanted."""
+    """Recordings of one model, by number of tokens, of rows whose logits are wanted, and what the backend goes by."""
 
-    def __init__(self, backend: Any, run: Pass) -> None:
+    def __init__(self, backend: Recorder, run: Pass) -> None:
         self._backend, self._run = backend, run
-        self._kept: OrderedDict[tuple[int, int], _Kept] = OrderedDict()
-        self._met: OrderedDict[tuple[int, int], None] = OrderedDict()
+        self._kept: OrderedDict[_Key, _Kept] = OrderedDict()
+        self._met: OrderedDict[_Key, None] = OrderedDict()
         self._detours = 0
         self.off: str | None = None
         """Why nothing is recorded (any more)."""
@@ -48,7 +52,20 @@ class Recordings:
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(tokens, rows with logits) of every recording."""
-        return list(self._kept)
+        return [key[:2] for key in self._kept]
+
+    def padded(self, num_tokens: int) -> int:
+        """How many tokens a pass should have that needs `num_tokens`."""
+        return (self.off is None and self._backend.recorded_size(num_tokens)) or num_tokens
+
+    def ahead(self, inputs: Inputs, metadata: Any) -> bool:
+        """Record a pass whose result nobody wants, before one like it comes; whether that was still to be done."""
+        key = self._key(inputs, metadata)
+        if key is None or key in self._kept:
+            return False
+        self._met[key] = None
+        self._record(key, inputs, metadata)
+        return True
 
     def run(self, inputs: Inputs, metadata: Any) -> torch.Tensor:
         """The pass's result, by recording where there is one. Overwritten by the next call.
@@ -57,8 +74,8 @@ class Recordings:
             inputs: token ids and positions [1, num_tokens], rows whose logits are wanted [num_wanted].
             metadata: of the step, as the backend has prepared it.
         """
-        key = (inputs[0].shape[1], len(inputs[2]))
-        if self.off is not None or key[0] > _MOST_TOKENS:
+        key = self._key(inputs, metadata)
+        if key is None:
             return self._run(*inputs)
         kept = self._kept.get(key)
         if kept is None:
@@ -77,7 +94,15 @@ class Recordings:
             return self._prove(kept, result.clone(), self._run(*inputs))
         return result
 
-    def _meets_again(self, key: tuple[int, int]) -> bool:
+    def _key(self, inputs: Inputs, metadata: Any) -> _Key | None:
+        """None = such a pass is not recorded."""
+        num_tokens = inputs[0].shape[1]
+        if self.off is not None or self._backend.recorded_size(num_tokens) != num_tokens:
+            return None
+        own = self._backend.recording_key(metadata)
+        return None if own is None else (num_tokens, len(inputs[2]), own)
+
+    def _meets_again(self, key: _Key) -> bool:
         again = key in self._met
         self._met[key] = None
         self._met.move_to_end(key)
@@ -85,10 +110,10 @@ class Recordings:
             self._met.popitem(last=False)
         return again
 
-    def _record(self, key: tuple[int, int], inputs: Inputs, metadata: Any) -> torch.Tensor:
+    def _record(self, key: _Key, inputs: Inputs, metadata: Any) -> torch.Tensor:
         output: torch.Tensor
         try:
-            output, recorded = self._backend.ops.record(self._run, inputs)
+            output, recorded = self._backend.record(self._run, inputs)
         except Exception:  # any: the modes that look on forbid what the model does, or it fails by itself, and then again
             output = self._run(*inputs)
             log.warning("recording_failed", exc_info=True)
@@ -116,7 +141,7 @@ class Recordings:
 
     def _prove(self, kept: _Kept, again: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """Compare what a recording gave with the model's own result, which is returned."""
-        if torch.equal(again, own):
+        if _same(again, own):
             kept.proofs += 1
         elif bool(own.isfinite().all()):  # NaN equals nothing: a faulty request proves nothing
             self._stop("a recording gave other numbers than the model")
@@ -126,3 +151,11 @@ class Recordings:
         self.off = reason
         self._kept.clear()
         log.info("steps_not_recorded", reason=reason)
+
+
+def _same(again: torch.Tensor, own: torch.Tensor) -> bool:
+    """Equal to the bit on a processor. A GPU's libraries may add in another order within a graph."""
+    if torch.equal(again, own):
+        return True
+    again, own = again.float(), own.float()
+    return again.is_cuda and bool(((again - own).abs() <= _CLOSE * own.abs().amax(dim=-1, keepdim=True)).all())

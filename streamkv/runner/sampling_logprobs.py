@@ -9,6 +9,7 @@ import torch
 
 from streamkv.runner.sampler import CHUNK, largest_chunks, num_chunks
 from streamkv.runner.sampling_cuts import looking_is_free
+from streamkv.runner.transfer import HostCopy
 from streamkv.sampling_params import TokenLogprobs
 
 __all__ = ["PositionLogprobs", "launch_logprobs"]
@@ -22,23 +23,19 @@ _CHOSEN: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class PositionLogprobs:
-    """Of n positions, on the model's device; nothing has waited for it yet.
+    """Of n positions; nothing has waited for them yet.
 
     Attributes:
-        chosen: [n] float32, log-probability of the given token.
-        ranks: [n] int64, of the given token; equally probable ones share the best.
-        ids, values: [n, top] int64 and float32, the most probable tokens and their log-probabilities, equal ones by their ids.
+        copy: [n] float32, log-probability of the given token; [n] int64, its rank, where equally probable ones share the best;
+            [n, top] int64 and float32, the most probable tokens and their log-probabilities, equal ones by their ids.
     """
 
-    chosen: torch.Tensor
-    ranks: torch.Tensor
-    ids: torch.Tensor
-    values: torch.Tensor
+    copy: HostCopy
 
     def read(self) -> list[TokenLogprobs]:
-        """One per position, on the host: waits for the device."""
-        pairs = zip(self.ids.tolist(), self.values.tolist(), strict=True)
-        rows = zip(self.chosen.tolist(), pairs, self.ranks.tolist(), strict=True)
+        """One per position; waits for the device."""
+        chosen, ranks, ids, values = (part.tolist() for part in self.copy.wait())
+        rows = zip(chosen, zip(ids, values, strict=True), ranks, strict=True)
         return [TokenLogprobs(logprob, tuple(zip(*pair, strict=True)), rank) for logprob, pair, rank in rows]
 
 
@@ -53,11 +50,11 @@ def launch_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Pos
     size = max(1, _SLICE // logits.shape[-1])
     starts = range(0, max(1, len(logits)), size)
     parts = [_some(logits[start : start + size], tokens[start : start + size], min(top, logits.shape[-1])) for start in starts]
-    return PositionLogprobs(*(torch.cat(same) for same in zip(*parts, strict=True)))
+    return PositionLogprobs(HostCopy(*(torch.cat(same) for same in zip(*parts, strict=True))))
 
 
 def _some(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:
-    """The attributes of `PositionLogprobs`."""
+    """What `PositionLogprobs` copies."""
     count, vocab_size = logits.shape
     padded = torch.full((count, num_chunks(vocab_size) * CHUNK), -torch.inf, device=logits.device)
     padded[:, :vocab_size] = logits

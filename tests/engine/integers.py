@@ -78,6 +78,9 @@ class IntegerRunner:
                 extras[entry] = RowExtra(embedding=struct.pack("<f", self.params[row].num_prompt))
         return extras
 
+    def record_ahead(self) -> bool:
+        return False
+
     def resume(self) -> None:
         self._failed = False
 

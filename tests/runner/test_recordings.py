@@ -16,11 +16,18 @@ WRONG = 1000.0
 class Backend:
     """Records anything and replays it as `replays` says; counts."""
 
+    recorded_ahead = ()
+
     def __init__(self) -> None:
-        self.ops = self
         self.replayed = self.recorded = 0
         self.replays: Callable[[torch.Tensor], torch.Tensor | None] = lambda own: own
         self.records = True
+
+    def recorded_size(self, num_tokens: int) -> int | None:
+        return num_tokens if num_tokens <= 64 else None
+
+    def recording_key(self, metadata: Any) -> Any:
+        return metadata if metadata != "not recorded" else None
 
     def record(self, function: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Any]:
         self.recorded += 1
@@ -62,10 +69,10 @@ def recordings(backend: Backend, model: Model) -> Recordings:
     return Recordings(backend, model)
 
 
-def step(recordings: Recordings, size: int = 2, number: int = 1) -> bool:
+def step(recordings: Recordings, size: int = 2, number: int = 1, wanted: int = 1, metadata: object = 0) -> bool:
     """Whether the step's result is the model's own."""
-    inputs = (torch.full((1, size), number), torch.arange(size)[None], torch.tensor([size - 1]))
-    return torch.equal(recordings.run(inputs, None), answer(*inputs))
+    inputs = (torch.full((1, size), number), torch.arange(size)[None], torch.arange(size - wanted, size))
+    return torch.equal(recordings.run(inputs, metadata), answer(*inputs))
 
 
 def test_a_size_is_recorded_when_it_comes_again_and_trusted_after_two_proofs(
@@ -84,7 +91,7 @@ def test_a_size_is_recorded_when_it_comes_again_and_trusted_after_two_proofs(
 
 def test_rows_with_logits_are_part_of_the_size(recordings: Recordings) -> None:
     for wanted in ([1], [0, 1], [1], [0, 1]):
-        recordings.run((torch.ones(1, 2), torch.ones(1, 2), torch.tensor(wanted)), None)
+        recordings.run((torch.ones(1, 2), torch.ones(1, 2), torch.tensor(wanted)), 0)
     assert recordings.sizes == [(2, 1), (2, 2)]
 
 
@@ -149,13 +156,13 @@ def test_large_steps_are_not_recorded(recordings: Recordings, backend: Backend) 
 
 
 def test_the_least_recently_used_recording_goes_first(recordings: Recordings, backend: Backend) -> None:
-    for size in range(1, 33):
+    for size in range(1, 65):
         for _ in range(2):
             step(recordings, size=size)
     step(recordings, size=1)
     for _ in range(2):
-        step(recordings, size=40)
-    assert len(recordings.sizes) == 32
+        step(recordings, size=40, wanted=2)
+    assert len(recordings.sizes) == 64
     assert (1, 1) in recordings.sizes
     assert (2, 1) not in recordings.sizes
 
@@ -163,7 +170,7 @@ def test_the_least_recently_used_recording_goes_first(recordings: Recordings, ba
 def test_what_was_met_once_is_forgotten_after_a_while(recordings: Recordings, backend: Backend) -> None:
     step(recordings, size=3)
     for wanted in range(256):
-        recordings.run((torch.ones(1, 2), torch.ones(1, 2), torch.zeros(wanted, dtype=torch.long)), None)
+        recordings.run((torch.ones(1, 2), torch.ones(1, 2), torch.zeros(wanted, dtype=torch.long)), 0)
     step(recordings, size=3)
     assert backend.recorded == 0
 
@@ -206,3 +213,25 @@ def test_a_model_that_fails_by_itself_fails_its_step_and_nothing_else(backend: B
     for number in range(4):
         assert step(recordings, number=number)
     assert recordings.sizes == [(2, 1)]
+
+
+def test_what_the_backend_goes_by_is_part_of_the_size(recordings: Recordings, backend: Backend) -> None:
+    for _ in range(2):
+        for metadata in ("decode", "decode behind a prefix", "not recorded"):
+            assert step(recordings, metadata=metadata)
+    assert recordings.sizes == [(2, 1), (2, 1)]
+    assert backend.recorded == 2
+
+
+def test_a_size_recorded_ahead_is_there_when_it_comes_and_still_to_be_proved(
+    recordings: Recordings, backend: Backend, model: Model
+) -> None:
+    inputs = (torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
+    assert recordings.ahead(inputs, 0)
+    assert not recordings.ahead(inputs, 0)
+    assert not recordings.ahead(inputs, "not recorded")
+    assert model.asked == 1
+    for number in range(3):
+        assert step(recordings, number=number)
+    assert (backend.recorded, backend.replayed) == (1, 4)
+    assert model.asked == 2

@@ -89,6 +89,9 @@ class Runner:
 
     def resume(self) -> None: ...
 
+    def record_ahead(self) -> bool:
+        return False
+
     def launch(self, step: Step, _params: Any) -> Done[Sampled]:
         self.count += 1
         self._misbehave()

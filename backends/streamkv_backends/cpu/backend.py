@@ -8,6 +8,7 @@ A sequence's result depends on nothing but its own tokens: not on the batch, nor
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref, c_void_p, pointer
 from typing import Any, Final
 
@@ -24,6 +25,8 @@ __all__ = ["CpuBackend", "CpuKVPool", "CpuMetadata"]
 
 _HEAD_DIMS: Final = frozenset({*range(16, 257, 16), 512})
 _BLOCK_SIZES: Final = frozenset({16, 32, 64, 128})
+_MOST_RECORDED: Final = 64
+"""Tokens of a step."""
 _INT32_MAX: Final = 2**31 - 1
 ITEM_KINDS: Final = ("whole", "prefix", "suffix", "part", "merge")
 
@@ -165,6 +168,26 @@ class CpuBackend:
         self._native.skv_attend(metadata.plan(spec).address, byref(call))
         self.ops.note("attend", Attend(pointer(call), self._shapes.index(spec)))
         return output.to(dtype)
+
+    @property
+    def recorded_ahead(self) -> tuple[int, ...]:
+        """None: a size costs no more to record when it comes."""
+        return ()
+
+    def recorded_size(self, num_tokens: int) -> int | None:
+        """Small steps as they are: beyond, Python is a small part of a step."""
+        pool = self._pool
+        return num_tokens if num_tokens <= _MOST_RECORDED and pool is not None and pool.spec.dtype is self.ops.dtype else None
+
+    def recording_key(self, _metadata: CpuMetadata) -> int:
+        """Addresses in a recording are those of the pool of its time."""
+        return self.ops.pool
+
+    def record(
+        self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, Recorded | None]:
+        """Run `function(*inputs)`; its result, and the recording for `replay`, None if it cannot be run again."""
+        return self.ops.record(function, inputs)
 
     def replay(self, recorded: Recorded, inputs: tuple[torch.Tensor, ...], metadata: CpuMetadata) -> torch.Tensor | None:
         """Run a recorded pass again, over another step's sequences; as many tokens as when it was recorded.

@@ -15,7 +15,8 @@ from torch import nn
 from streamkv.fused import Quantization
 from streamkv_backends.cpu.linear import NativeLinear
 from streamkv_backends.cpu.native import Argmax, Gate, Linear, Norm, Rotate
-from streamkv_backends.cpu.tape import NotRecordableError, Recorded, Tape, Watch
+from streamkv_backends.cpu.tape import Recorded, Tape
+from streamkv_backends.taped import NotRecordableError, Watch
 
 __all__ = ["CpuOps"]
 

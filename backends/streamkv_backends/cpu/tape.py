@@ -16,24 +16,16 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamkv_backends.cpu.native import Add, Op
+from streamkv_backends.taped import FRESH, OtherPathError, TorchCall, is_view, tensors_in
 
-__all__ = ["KINDS", "Arena", "NotRecordableError", "OtherPathError", "Recorded", "Tape", "Watch"]
+__all__ = ["KINDS", "Arena", "Recorded", "Tape"]
 
 KINDS: Final = {"attend": 0, "linear": 1, "norm": 2, "gate": 3, "add": 4, "rotate": 5}
 _ALIGN: Final = 64
 _use_count: Final[Callable[[int], int]] = torch._C._storage_Use_Count  # noqa: SLF001  # as torch's own CUDA graph trees do
-
-
-class NotRecordableError(Exception):
-    """The pass reads a tensor into Python."""
-
-
-class OtherPathError(Exception):
-    """A recorded pass met a value that Python decides by, and it is not the one of the recording."""
 
 
 class Arena:
@@ -91,7 +83,7 @@ class Recorded:
         self._inputs, self._output, self._threads = inputs, output, threads
         self.pool = pool
         self._keep: list[Any] = [tape.arena, tape.fresh]
-        self._parts: list[tuple[Any, int] | _TorchCall] = []
+        self._parts: list[tuple[Any, int] | TorchCall] = []
         self.num_bytes = tape.arena.num_bytes
         self.num_native = self.num_torch = 0
         self.seconds: Any = None  # an array of doubles, by `KINDS`: where native operations add up their time
@@ -129,38 +121,12 @@ class Recorded:
         return self._output
 
 
-class _TorchCall:
-    """An operation of torch that is called again as it was."""
-
-    def __init__(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        self._function, self._args, self._kwargs = function, args, kwargs
-        # What works in place has left its result where the next one looks for it.
-        self._results = () if function._schema.is_mutable else _tensors(result)  # noqa: SLF001  # the only way to ask
-        self._shapes = [value.shape for value in self._results]
-        self._said = result if isinstance(result, (bool, int, float)) else None
-
-    def again(self) -> None:
-        """Once more.
-
-        Raises:
-            OtherPathError: Python was told another value when the pass was recorded, and may have done something else with this.
-        """
-        result = self._function(*self._args, **self._kwargs)
-        if self._said is not None and result != self._said:
-            raise OtherPathError
-        values = _tensors(result)
-        if [value.shape for value in values] != self._shapes and self._results:
-            raise OtherPathError
-        for to, value in zip(self._results, values, strict=False):
-            to.copy_(value)
-
-
 class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
     """Collects what a pass does while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
-        self.parts: list[tuple[int, Any] | _TorchCall] = []
+        self.parts: list[tuple[int, Any] | TorchCall] = []
         self.arena = Arena()
         self.fresh: list[torch.Tensor] = []  # memory that no recorded operation gives: made of Python's numbers, or empty
 
@@ -186,29 +152,13 @@ class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in to
             self.native("add", Add(left.data_ptr(), right.data_ptr(), out.data_ptr(), left.numel()))
             return torch.ops.aten.add.out(left, right, out=out)
         result = func(*args, **kwargs)
-        if func in _FRESH:
+        if func in FRESH:
             self.fresh.append(result)
             return result
-        if _is_view(func, _tensors((args, tuple(kwargs.values()))), _tensors(result)):
+        if is_view(func, tensors_in((args, tuple(kwargs.values()))), tensors_in(result)):
             return result
-        self.parts.append(_TorchCall(func, args, kwargs, result))
+        self.parts.append(TorchCall(func, args, kwargs, result))
         return result
-
-
-_FRESH: Final = {torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default, torch.ops.aten.lift_fresh.default}
-
-
-class Watch(TorchFunctionMode):
-    """Sees what a dispatch mode does not: tensors that become Python's without an operation."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Called by torch for every function of its Python interface."""
-        if func in _READS:
-            raise NotRecordableError(f"{func.__name__} hands a tensor to Python")
-        return func(*args, **(kwargs or {}))
-
-
-_READS: Final = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__dlpack__}
 
 
 def _plain_add(args: Any, kwargs: Any) -> bool:
@@ -222,20 +172,3 @@ def _plain_add(args: Any, kwargs: Any) -> bool:
         and right.is_contiguous()
         and left.numel() % 16 == 0
     )
-
-
-def _is_view(function: Any, given: tuple[torch.Tensor, ...], result: tuple[torch.Tensor, ...]) -> bool:
-    """Whether results lie in their inputs' memory and nothing is written. By address: `to` is said to alias also if it copies."""
-    if function._schema.is_mutable or not result:  # noqa: SLF001  # the only way to ask
-        return False
-    # Weights that oneDNN has laid out have no storage.
-    memory = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.layout is torch.strided}
-    return all(tensor.untyped_storage().data_ptr() in memory for tensor in result)
-
-
-def _tensors(value: Any) -> tuple[torch.Tensor, ...]:
-    if isinstance(value, torch.Tensor):
-        return (value,)
-    if isinstance(value, (list, tuple)):
-        return tuple(tensor for item in value for tensor in _tensors(item))
-    return ()

@@ -11,6 +11,7 @@ CUDA graph of steps that only decode serves every later one with as many tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from streamkv.attention import KVSpec, LayerSpec, Limits, StepTensors
 from streamkv.errors import BackendError
+from streamkv_backends.cuda.graphs import SIZES, CudaGraphs, RecordedPass, recorded_size
 from streamkv_backends.cuda.ops import CudaOps
 from streamkv_backends.cuda.pool import CudaKVPool
 from streamkv_kernels.attention import AttentionSpec
@@ -30,7 +32,7 @@ from streamkv_kernels.cuda_device import CudaDevice
 from streamkv_kernels.decode_plan import ROWS, DecodePlan
 from streamkv_kernels.device import Device
 from streamkv_kernels.emulated import EmulatedDevice
-from streamkv_kernels.kv_write import KVWriter
+from streamkv_kernels.kv_write import Angles, KVWriter, LayerCache
 from streamkv_kernels.prefill_plan import PrefillPlan, SharedPlan, shared_prefixes
 from streamkv_kernels.uploads import Room
 
@@ -142,6 +144,7 @@ class CudaBackend:
         self._place = torch.device("cpu" if emulated else name)
         # A processor multiplies float16 matrices in more builds of torch than bfloat16 ones, a GPU is mostly given bfloat16.
         self.ops = CudaOps(self._device, torch.float16 if emulated else torch.bfloat16)
+        self._graphs = CudaGraphs(self._device)
         self._pool: CudaKVPool | None = None
         self._kinds: dict[AttentionSpec, _Kind] = {}
         self._specs: list[AttentionSpec] = []  # of each layer
@@ -197,14 +200,39 @@ class CudaBackend:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write k and v to their slots, then attend."""
-        pool = self._pool
-        assert pool is not None, "allocate_kv comes first"
+        dtype, cache = self._cache(layer, metadata)
+        self._writer.write(_readable(key, dtype, 4), _readable(value, dtype, 4), self._slots.filled, cache)
+        return self._attend(query, layer, metadata, sinks)
+
+    def rotate_and_attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        layer: int,
+        metadata: CudaMetadata,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`Rotator`: rotating is part of the launch that writes k and v."""
+        dtype, cache = self._cache(layer, metadata)
+        query, key, value = (_readable(part, dtype, 4) for part in (query, key, value))
+        angles = Angles(_readable(cos, dtype, 4).contiguous(), _readable(sin, dtype, 4).contiguous())
+        turned = self._writer.rotate_and_write(query, key, value, self._slots.filled, cache, rope=angles)
+        return self._attend(turned, layer, metadata, sinks)
+
+    def _cache(self, layer: int, metadata: CudaMetadata) -> tuple[torch.dtype, LayerCache]:
+        """Where a layer's keys and values go; launches follow the step from here on."""
+        assert self._pool is not None, "allocate_kv comes first"
         if metadata is not self._loaded:
             self._load(metadata)
-        dtype, cache, spec = pool.spec.dtype, pool.caches[layer], self._specs[layer]
-        kind = self._kinds[spec]
-        self._writer.write(_readable(key, dtype, 4), _readable(value, dtype, 4), self._slots.filled, cache)
-        rows = _readable(query, dtype, 16)
+        return self._pool.spec.dtype, self._pool.caches[layer]
+
+    def _attend(self, query: torch.Tensor, layer: int, metadata: CudaMetadata, sinks: torch.Tensor | None) -> torch.Tensor:
+        """Over what is written already."""
+        (dtype, cache), spec = self._cache(layer, metadata), self._specs[layer]
+        kind, rows = self._kinds[spec], _readable(query, dtype, 16)
         make = torch.empty if metadata.covered else torch.zeros
         out = make(query.shape, dtype=dtype, device=query.device)
         logits = sinks.float().contiguous() if sinks is not None else None
@@ -216,6 +244,35 @@ class CudaBackend:
             tables = (block_tables, self._query_start.filled, self._seq_lens.filled)
             kind.prefill.launch(rows, cache, *tables, out, sinks=logits)
         return out.to(query.dtype)
+
+    @property
+    def recorded_ahead(self) -> tuple[int, ...]:
+        """On a GPU every size: capturing one takes as long as many steps."""
+        return SIZES if self._place.type == "cuda" else ()
+
+    def recorded_size(self, num_tokens: int) -> int | None:
+        """`graphs.recorded_size`."""
+        return recorded_size(num_tokens)
+
+    def recording_key(self, metadata: CudaMetadata) -> tuple[object, ...] | None:
+        """What a recording is good for, beside its size; None = a step like this is not recorded."""
+        return None if metadata.signature is None else (self.generation, metadata.signature)
+
+    def record(
+        self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, RecordedPass | None]:
+        """Run `function(*inputs)` over the step that was prepared last; its result, and the recording for `replay`."""
+        return self._graphs.record(function, inputs)
+
+    def replay(self, recorded: RecordedPass, inputs: tuple[torch.Tensor, ...], metadata: CudaMetadata) -> torch.Tensor | None:
+        """Run a recorded pass again, over another step's sequences; as many tokens as when it was recorded.
+
+        Returns:
+            Its result, overwritten by the next replay; None if this step has to go through Python.
+        """
+        if metadata is not self._loaded:
+            self._load(metadata)
+        return recorded.replay(inputs)
 
     def _load(self, metadata: CudaMetadata) -> None:
         """Make a step the one that launches follow, in stream order."""

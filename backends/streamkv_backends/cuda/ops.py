@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -51,7 +49,3 @@ class CudaOps:
     def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[n, vocab_size] -> the first of each row's largest logits; whether all of a row are finite."""
         return self._sampling.most_probable(logits if logits.stride(-1) == 1 else logits.contiguous())
-
-    def record(self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, None]:
-        """Run it; passes are not recorded."""
-        return function(*inputs), None
