@@ -7,7 +7,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 ARGS ?=
 
-.PHONY: help install serve chat test smoke lint format bench mutants kernels-planted contract-cuda cpu-sanitize gpu-check compose-check clean
+.PHONY: help install serve chat test smoke lint format bench mutants kernels-planted kernels-resources contract-cuda cpu-sanitize gpu-check compose-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -45,6 +45,9 @@ mutants: install  ## plant bugs one by one; every one must turn a test red
 
 kernels-planted: install  ## plant bugs in the CUDA kernels; the emulator or its tests must notice every one
 	@$(BIN)/python -m tests.kernels.planted $(ARGS)
+
+kernels-resources: install  ## compile every CUDA kernel for every GPU; writes kernels_cuda/resources.md, where nothing may spill
+	@$(BIN)/python -m tests.kernels.resources
 
 contract-cuda: install  ## the whole backend contract over CUDA kernels in the emulator
 	@$(BIN)/python -m streamkv_backends.contract cuda --device emulated $(ARGS)
