@@ -3,6 +3,7 @@
 #include "device.cuh"
 
 #include <algorithm>
+#include <cmath>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
