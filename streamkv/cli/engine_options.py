@@ -43,6 +43,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.memory_fraction,
         help="share of the free memory for the KV pool, if neither size is given (%(default)s)",
     )
+    group.add_argument(
+        "--swap-memory",
+        type=_size,
+        metavar="SIZE",
+        help="host memory for what preempted requests held, 0 = compute it again (default: 0 on the CPU, up to 4GiB on a GPU)",
+    )
+    group.add_argument(
+        "--swap-block-tokens",
+        type=float,
+        metavar="N",
+        help="prompt tokens computed while a block is moved out and in; the cheaper is done (default: measured at start)",
+    )
     group.add_argument("--max-model-len", type=int, help="most tokens of a request (default: what the model was made for)")
     group.add_argument("--max-num-seqs", type=int, default=defaults.max_num_seqs, help="most requests in a step (%(default)s)")
     group.add_argument(

@@ -157,6 +157,8 @@ class EngineStats(msgspec.Struct, frozen=True):
         step_tokens: steps by number of tokens computed: up to `STEP_TOKEN_BOUNDS[i]`, and one entry more for larger ones.
         computed_tokens: by all steps, of prompts and outputs; more than were asked for where preempted ones are computed again.
         drafts, draft_tokens, accepted_tokens: speculation: proposals that were checked, their tokens, and how many were right.
+        swapped_out, swapped_in: blocks of preempted requests that were moved to the host, and back.
+        host_slots_used: blocks that the host keeps now.
     """
 
     waiting: int
@@ -177,6 +179,9 @@ class EngineStats(msgspec.Struct, frozen=True):
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    host_slots_used: int = 0
 
 
 class KVOwner(msgspec.Struct, frozen=True):

@@ -22,11 +22,13 @@ from streamkv.engine.config import EngineConfig
 from streamkv.engine.engine import InProcessEngine
 from streamkv.engine.thread import RunnerThread
 from streamkv.errors import ConfigError
+from streamkv.runner.host_blocks import HostBlocks
 from streamkv.runner.loader import LoadedModel, load_model
 from streamkv.runner.logits_processor import LogitsProcessor, ProcessorSetup, load_processors
 from streamkv.runner.memory import num_blocks_for
 from streamkv.runner.model_runner import ModelRunner
 from streamkv.runner.prompt_reader import HiddenTap
+from streamkv.runner.swap_cost import default_swap_memory, swap_cost
 
 __all__ = ["build_engine"]
 
@@ -41,6 +43,8 @@ class _Parts:
     model: LoadedModel
     runner: ModelRunner
     num_blocks: int
+    num_host_slots: int
+    swap_block_tokens: float
     max_model_len: int
     backend: str
     embedding_dim: int
@@ -66,6 +70,8 @@ async def build_engine(config: EngineConfig, *, clock: Callable[[], float] = tim
         config.block_size,
         fingerprint=parts.model.fingerprint,
         enable_prefix_caching=config.enable_prefix_caching,
+        num_host_slots=parts.num_host_slots,
+        swap_block_tokens=parts.swap_block_tokens,
     )
     scheduler = Scheduler(
         SchedulerConfig(
@@ -159,6 +165,10 @@ def _load(config: EngineConfig, on_pass: Callable[[], None]) -> _Parts:
         max_model_len=max_model_len,
     )
     pool = backend.allocate_kv(KVSpec(num_blocks, config.block_size, model.dtype, model.layers))
+    swap_memory = config.swap_memory
+    if swap_memory is None:
+        swap_memory = default_swap_memory(model.device, num_blocks * pool.spec.bytes_per_block)
+    host = HostBlocks(pool, swap_memory, pinned=model.device.type == "cuda")
     setup = ProcessorSetup(config.max_num_seqs, model.vocab_size, model.device, config.model_path)
     processors = load_processors(config.logits_processors, setup)
     tap = HiddenTap(model.module)
@@ -172,7 +182,14 @@ def _load(config: EngineConfig, on_pass: Callable[[], None]) -> _Parts:
         max_model_len=max_model_len,
         processors=processors,
         tap=tap if tap.width else None,
+        host=host,
         poison=config.poison,
         on_pass=on_pass,
     )
-    return _Parts(model, runner, num_blocks, max_model_len, backend.name, tap.width, processors)
+    block_tokens = config.swap_block_tokens
+    if block_tokens is None:
+        longest = min(config.max_num_batched_tokens, max_model_len, num_blocks * config.block_size)
+        block_tokens = swap_cost(runner, host, model.device, longest) if host.num_slots else 0.0
+    if host.num_slots:
+        log.info("swap", num_host_slots=host.num_slots, bytes=swap_memory, block_tokens=round(block_tokens, 3))
+    return _Parts(model, runner, num_blocks, host.num_slots, block_tokens, max_model_len, backend.name, tap.width, processors)

@@ -30,6 +30,10 @@ class EngineConfig:
         num_blocks: size of the pool; None = from `kv_cache_memory`.
         kv_cache_memory: bytes for the pool; None = from `memory_fraction`.
         memory_fraction: share of the memory that is free after a worst-case step.
+        swap_memory: bytes on the host for the blocks of preempted requests; 0 = what they held is computed again; None = none
+            beside a pool on the CPU, beside one on a GPU as much as the pool, at most 4 GiB and a quarter of what is free.
+        swap_block_tokens: prompt tokens that are computed in the time in which a block is moved to the host and back: what was
+            preempted is moved or computed, whichever is cheaper by it; None = measured at start.
         max_model_len: most tokens of a request; None = what the model was made for.
         max_num_seqs: most requests in a step.
         max_num_batched_tokens: token budget of a step.
@@ -56,6 +60,8 @@ class EngineConfig:
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
     memory_fraction: float = 0.5
+    swap_memory: int | None = None
+    swap_block_tokens: float | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -83,6 +89,10 @@ class EngineConfig:
             raise ConfigError("quantization must be int8 or int4, or not be given", param="quantization")
         if self.speculation not in ("off", "ngram"):
             raise ConfigError("speculation must be off or ngram", param="speculation")
+        if self.swap_memory is not None and self.swap_memory < 0:
+            raise ConfigError("swap_memory must be at least 0", param="swap_memory")
+        if self.swap_block_tokens is not None and not self.swap_block_tokens >= 0:
+            raise ConfigError("swap_block_tokens must be at least 0", param="swap_block_tokens")
         if not 0.0 < self.memory_fraction <= 0.95:
             raise ConfigError("memory_fraction must be more than 0 and at most 0.95", param="memory_fraction")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -135,6 +135,9 @@ class Metrics:
         gates = [(gate,) for gate in GATES]
         self.rejects = Counter("admission_rejects_total", "Requests turned away, by gate.", ("gate",), gates)
         self.evictions = Counter("kv_evictions_total", "Cached KV blocks lost to others.")
+        ways = [("out",), ("in",)]
+        self.swapped = Counter("kv_swapped_blocks_total", "KV blocks moved to host memory and back.", ("direction",), ways)
+        self.host_blocks = Gauge("kv_host_blocks", "KV blocks of preempted requests in host memory.")
         self.blocks = Gauge("kv_blocks", "KV blocks by state.", ("state",), [(state,) for state in KV_STATES])
         self.shared = Gauge("kv_shared_blocks", "KV blocks that several requests share.")
         self.waste = Gauge("kv_waste_ratio", "Share of the slots of used blocks that hold no token.")

@@ -254,6 +254,9 @@ class Recorder(NullRecorder):
         metrics.draft_tokens.reached(stats.draft_tokens)
         metrics.accepted_tokens.reached(stats.accepted_tokens)
         metrics.evictions.reached(stats.evictions)
+        metrics.swapped.reached(stats.swapped_out, "out")
+        metrics.swapped.reached(stats.swapped_in, "in")
+        metrics.host_blocks.set(stats.host_slots_used)
         if stats.step_tokens:
             metrics.step_tokens.counts = list(stats.step_tokens)
             metrics.step_tokens.sum = float(stats.computed_tokens)

@@ -70,10 +70,15 @@ class CudaKVPool:
             torch.cuda.current_stream(self._place).synchronize()
         return data
 
-    def begin_read(self, block_ids: list[int]) -> torch.Tensor:
-        """As `read`, but nobody waits: a later `write` finds the blocks in it, the host only when the stream has come so far."""
-        shape = (len(block_ids), self._spec.bytes_per_block)
-        data = torch.empty(shape, dtype=torch.uint8, pin_memory=self._place.type == "cuda")
+    def begin_read(self, block_ids: list[int], data: torch.Tensor | None = None) -> torch.Tensor:
+        """As `read`, but nobody waits: a later `write` finds the blocks in it, the host only when the stream has come so far.
+
+        Args:
+            data: [len(block_ids), bytes_per_block] where they go, pinned if there is a GPU; None = somewhere new.
+        """
+        if data is None:
+            shape = (len(block_ids), self._spec.bytes_per_block)
+            data = torch.empty(shape, dtype=torch.uint8, pin_memory=self._place.type == "cuda")
         for part in self._parts(len(block_ids)):
             data[part].copy_(self._mover.gather(block_ids[part]), non_blocking=True)
         return data
