@@ -4,7 +4,8 @@
 //   norm     root mean square norm over a head of q and k (Qwen 3: offset 0; Gemma 3: 1), where there is a weight
 //   rotary   embedding (arXiv 2104.09864) of the first ROT_DIM numbers of a head of q and k. ROPE 1 turns (i, i + ROT_DIM / 2),
 //            as Llama, GPT-NeoX; 2 turns neighbours (2 i, 2 i + 1), as GPT-J, ChatGLM; 0 nothing. How angles depend on the
-//            position (llama3, yarn, longrope) and are scaled is the table's affair: cos and sin [positions, ROT_DIM / 2]
+//            position (llama3, yarn, longrope) and are scaled is the table's affair: cos and sin [positions, ROT_DIM / 2].
+//            3 turns (i, i + HEAD_DIM / 2) bit by bit as transformers, rounding included (rotate.cu): cos and sin [tokens, HEAD_DIM]
 //   KV       bf16, f16, or with a float32 scale for every token and head: e4m3 (largest magnitude = 448), i8 (127). A head
 //            with NaN or Inf has such a scale, so that what reads it notices
 //   layout   keys and values of a layer by strides in elements: slot = block · block_size + offset of a head lies at
@@ -17,6 +18,12 @@
 
 constexpr bool QUANTISED = sizeof(KV) == 1;
 constexpr float LARGEST = same<KV, i8> ? 127.f : 448.f;
+constexpr bool HALVES = ROPE == 1 || ROPE == 3;
+#if ROPE == 3
+using Angle = IO;
+#else
+using Angle = float;
+#endif
 constexpr float TINY = 1e-30f;                         // a head without a larger number is stored as zeros
 constexpr int TURNING = ROPE ? ROT_DIM / 4 : 0;        // units of a head that are rotated
 constexpr int UNITS = HEAD_DIM / 4, EACH = (UNITS + 31) / 32;
@@ -24,9 +31,9 @@ constexpr int UNITS = HEAD_DIM / 4, EACH = (UNITS + 31) / 32;
 // Four numbers of a head, in two pairs of neighbours.
 struct Unit { float a[2], b[2]; };
 
-// Where the pairs of unit u begin: those of ROPE 1 lie half of the rotated part apart.
-SKV_DEV int first_pair(int u) { return ROPE == 1 && u < TURNING ? 2 * u : 4 * u; }
-SKV_DEV int second_pair(int u) { return ROPE == 1 && u < TURNING ? 2 * u + ROT_DIM / 2 : 4 * u + 2; }
+// Where the pairs of unit u begin: those of ROPE 1 and 3 lie half of the rotated part apart.
+SKV_DEV int first_pair(int u) { return HALVES && u < TURNING ? 2 * u : 4 * u; }
+SKV_DEV int second_pair(int u) { return HALVES && u < TURNING ? 2 * u + ROT_DIM / 2 : 4 * u + 2; }
 
 template <class T> SKV_DEV void load_pair(float (&to)[2], const T* from) {
   const f32x2 pair = unpack<T>(*reinterpret_cast<const u32*>(from));
@@ -47,11 +54,27 @@ SKV_DEV void turn(float& x, float& y, float cos, float sin) {
   y = y * cos + x * sin;
   x = turned;
 }
+// ROPE 1 and 2: angles from the table.
+SKV_DEV void turn_unit(Unit& unit, const float* cos, const float* sin) {
+  turn(unit.a[0], ROPE == 1 ? unit.b[0] : unit.a[1], cos[0], sin[0]);
+  turn(ROPE == 1 ? unit.a[1] : unit.b[0], unit.b[1], cos[1], sin[1]);
+}
+// ROPE 3: those of a whole head, and products are rounded.
+SKV_DEV void turn_unit(Unit& unit, const IO* cos, const IO* sin) {
+  float cos_a[2], sin_a[2], cos_b[2], sin_b[2];
+  load_pair(cos_a, cos), load_pair(cos_b, cos + HEAD_DIM / 2);
+  load_pair(sin_a, sin), load_pair(sin_b, sin + HEAD_DIM / 2);
+  for (int j = 0; j < 2; j++) {
+    const float a = unit.a[j], b = unit.b[j];
+    unit.a[j] = rounded<IO>(a * cos_a[j]) - rounded<IO>(b * sin_a[j]);
+    unit.b[j] = rounded<IO>(b * cos_b[j]) + rounded<IO>(a * sin_b[j]);
+  }
+}
 
 SKV_KERNEL(kv_write)(const IO* q, i64 q_token, i64 q_head, const IO* k, i64 k_token, i64 k_head, const IO* v, i64 v_token,
                      i64 v_head, i64 q_heads, i64 kv_heads,
                      const IO* q_weight, const IO* k_weight, double eps, double offset,    // NORM: [HEAD_DIM]
-                     const float* cos, const float* sin, const i64* positions,            // ROPE: [tokens], rows of the table
+                     const Angle* cos, const Angle* sin, const i64* positions,            // ROPE 1, 2: [tokens], rows of the table
                      IO* q_out,                                                            // [tokens, q_heads, HEAD_DIM]
                      const i64* slots, i64 block_size,                                     // [tokens]
                      KV* keys, KV* values, i64 block_stride, i64 head_stride, i64 row_stride,
@@ -97,14 +120,11 @@ SKV_KERNEL(kv_write)(const IO* q, i64 q_token, i64 q_head, const IO* k, i64 k_to
   }
 
   if (ROPE && !is_v) {
-    const i64 row = positions[token] * (ROT_DIM / 2);
+    const i64 row = ROPE == 3 ? token * HEAD_DIM : positions[token] * (ROT_DIM / 2);
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int u = lane + 32 * i;
-      if (u >= TURNING) continue;
-      const float *c = cos + row + 2 * u, *s = sin + row + 2 * u;
-      turn(units[i].a[0], ROPE == 1 ? units[i].b[0] : units[i].a[1], c[0], s[0]);
-      turn(ROPE == 1 ? units[i].a[1] : units[i].b[0], units[i].b[1], c[1], s[1]);
+      if (u < TURNING) turn_unit(units[i], cos + row + 2 * u, sin + row + 2 * u);
     }
   }
 

@@ -10,7 +10,7 @@ import torch
 from streamkv_kernels.checks import TYPES, aligned, check, positive_multiple
 from streamkv_kernels.device import Argument, Device, Kernel, Variant
 
-__all__ = ["KVWriter", "LayerCache", "Norms", "Rope", "rope_table"]
+__all__ = ["Angles", "KVWriter", "LayerCache", "Norms", "Rope", "rope_table"]
 
 _IO: Final = (torch.bfloat16, torch.float16)
 _QUANTISED: Final = (torch.float8_e4m3fn, torch.int8)
@@ -68,6 +68,18 @@ class Rope:
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Rotary embedding of halves of a head, rounded as transformers rounds.
+
+    Attributes:
+        cos, sin: [num_tokens, head_dim] in the dtype of the queries, contiguous; head_dim is a multiple of 8.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +142,14 @@ class KVWriter:
         cache: LayerCache,
         *,
         positions: torch.Tensor | None = None,
-        rope: Rope | None = None,
+        rope: Rope | Angles | None = None,
         norms: Norms | None = None,
     ) -> torch.Tensor:
         """Norm, rotate, write.
 
         Args:
             query: [num_tokens, num_heads, head_dim], the last dimension dense.
-            positions: [num_tokens] int64, rows of the rope's table; with `rope`.
+            positions: [num_tokens] int64, rows of the rope's table; with a `Rope`.
 
         Returns:
             The queries, normed and rotated, contiguous. Those of tokens without slot hold anything.
@@ -158,7 +170,7 @@ class KVWriter:
         slots: torch.Tensor,
         cache: LayerCache,
         positions: torch.Tensor | None,
-        rope: Rope | None,
+        rope: Rope | Angles | None,
         norms: Norms | None,
         out: torch.Tensor | None = None,
     ) -> None:
@@ -177,7 +189,7 @@ class KVWriter:
             check("norms.key", norms.key, self._dtype, [head_dim])
         if not num_tokens:
             return
-        style = 0 if rope is None else 2 if rope.interleaved else 1
+        style = 0 if rope is None else 3 if isinstance(rope, Angles) else 2 if rope.interleaved else 1
         kernel = self._kernel(cache.keys.dtype, head_dim, rotated, style, normed=norms is not None)
         all_heads = heads + 2 * kv_heads
         queries: tuple[Argument, ...] = (None, 0, 0) if query is None else (query, *query.stride()[:2])
@@ -195,8 +207,15 @@ class KVWriter:
             cache.keys, cache.values, *cache.keys.stride()[:3], *scales,
         )  # fmt: skip  # in the order of the kernel's parameters
 
-    def _check_rope(self, rope: Rope, positions: torch.Tensor | None, num_tokens: int, head_dim: int) -> int:
+    def _check_rope(self, rope: Rope | Angles, positions: torch.Tensor | None, num_tokens: int, head_dim: int) -> int:
         """How many numbers of a head are rotated."""
+        if isinstance(rope, Angles):
+            positive_multiple("head_dim", head_dim, 8)
+            for name, angles in (("cos", rope.cos), ("sin", rope.sin)):
+                check(f"rope.{name}", angles, self._dtype, [num_tokens, head_dim])
+                if not aligned(angles, 4):
+                    raise ValueError(f"rope.{name} must begin at a multiple of 4 bytes")
+            return head_dim
         check("rope.cos", rope.cos, torch.float32, [None, None])
         check("rope.sin", rope.sin, torch.float32, rope.cos.shape)
         if positions is None:

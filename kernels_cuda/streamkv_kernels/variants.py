@@ -18,7 +18,7 @@ from streamkv_kernels.attn_prefill import PrefillAttention
 from streamkv_kernels.blocks import BlockMover, Pieces
 from streamkv_kernels.compile import ARCHITECTURES, prebuild
 from streamkv_kernels.device import Argument, Grid, Variant
-from streamkv_kernels.kv_write import KVWriter, LayerCache
+from streamkv_kernels.kv_write import Angles, KVWriter, LayerCache
 from streamkv_kernels.rows import RowKernels
 from streamkv_kernels.sampling import Changes, Parameters, SamplingKernels
 
@@ -83,7 +83,11 @@ def _write(recorder: _Recorder, dtype: torch.dtype, cache_dtype: torch.dtype, he
     blocks = torch.zeros((1, 1, 16, head_dim)).to(cache_dtype)
     scales = torch.zeros((1, 1, 16)) if cache_dtype in _QUANTISED else None
     rows = torch.zeros((1, 1, head_dim), dtype=dtype)
-    KVWriter(recorder, dtype).write(rows, rows, torch.zeros(1, dtype=torch.int64), LayerCache(blocks, blocks, scales, scales))
+    writer, cache = KVWriter(recorder, dtype), LayerCache(blocks, blocks, scales, scales)
+    slots = torch.zeros(1, dtype=torch.int64)
+    writer.write(rows, rows, slots, cache)
+    if cache_dtype is dtype and head_dim % 32 == 0:
+        writer.rotate_and_write(rows, rows, rows, slots, cache, rope=Angles(rows[0], rows[0]))
 
 
 def _rows(recorder: _Recorder, dtype: torch.dtype) -> None:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from streamkv.attention import AttentionBackend
-from streamkv.fused import FusedOps
+from streamkv.attention import AttentionBackend, Rotator
+from streamkv.runner.deferred import pending
 
 __all__ = [
     "HOOK_NAME",
@@ -29,7 +29,7 @@ __all__ = [
     "Probe",
     "attach",
     "attend_by",
-    "current_ops",
+    "current_context",
     "register",
     "uses_interface",
 ]
@@ -60,10 +60,19 @@ _CONTEXT: Final[ContextVar[AttentionContext | None]] = ContextVar("streamkv_cont
 
 @dataclass(slots=True)
 class KVContext:
-    """Attends over the paged pool. Owner: the runner, which sets `metadata` once a step."""
+    """Attends over the paged pool. Owner: the runner, which sets `metadata` once a step.
+
+    Attributes:
+        rotator: the backend, if it can rotate too.
+    """
 
     backend: AttentionBackend
     metadata: Any = None
+    rotator: Rotator | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look what the backend can do, once."""
+        self.rotator = self.backend if isinstance(self.backend, Rotator) else None
 
     def attend(
         self,
@@ -76,18 +85,21 @@ class KVContext:
     ) -> torch.Tensor:
         """[1, heads, num_tokens, head_dim] in, [1, num_tokens, heads, head_dim] out."""
         assert attention_mask is None, "a mask was built although the hook asks for none"
-        output = self.backend.attend(
-            query[0].transpose(0, 1),  # [num_tokens, num_heads, head_dim]
-            key[0].transpose(0, 1),  # [num_tokens, num_kv_heads, head_dim]
-            value[0].transpose(0, 1),
-            module.layer_idx,  # type: ignore[arg-type]  # every attention module of transformers has it
-            self.metadata,
-            kwargs.get("s_aux"),
-        )
-        return output[None]
+        layer: Any = module.layer_idx  # every attention module of transformers has it
+        step = (layer, self.metadata, kwargs.get("s_aux"))
+        rotation = pending(query, key)
+        if rotation is None or self.rotator is None:
+            return self.backend.attend(_rows(query), _rows(key), _rows(value), *step)[None]
+        rows = (_rows(rotation.query), _rows(rotation.key), _rows(value))
+        return self.rotator.rotate_and_attend(*rows, rotation.cos[0], rotation.sin[0], *step)[None]
 
     def mask(self, **_kwargs: Any) -> None:
         """No mask: the backend knows who sees whom."""
+
+
+def _rows(heads: torch.Tensor) -> torch.Tensor:
+    """[1, heads, num_tokens, head_dim] -> [num_tokens, heads, head_dim]."""
+    return heads[0].transpose(0, 1)
 
 
 class Probe:
@@ -141,10 +153,10 @@ def uses_interface(cls: type) -> bool:
     return hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def current_ops() -> FusedOps | None:
-    """Fused functions of the backend whose pass is under way, if it has some."""
+def current_context() -> KVContext | None:
+    """That of the pass under way, if it attends over a pool."""
     context = _CONTEXT.get()
-    return context.backend.ops if isinstance(context, KVContext) else None
+    return context if isinstance(context, KVContext) else None
 
 
 class _OwnAttention:

@@ -2,7 +2,7 @@
 
     linear layers         weights laid out once, at load; those that read the same input merged into one product
     norms, gated MLPs     one call instead of six
-    rotary embedding      one call for queries and keys
+    rotary embedding      one call for queries and keys, or none: where nothing lies between it and attention, that rotates
 
 Nothing is known of families. A module is replaced if it has the parts that its replacement needs **and** gives the same numbers
 on a random input: what is unknown, or does something beside, stays as it is. transformers' code still drives the model, and
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from streamkv.fused import Activation, FusedOps
-from streamkv.runner.hook import current_ops
+from streamkv.runner.deferred import Rotation, defer
+from streamkv.runner.hook import current_context
 
 __all__ = ["rewrite"]
 
@@ -253,16 +254,28 @@ def _fuse_rotation(module: nn.Module, ops: FusedOps, done: Counter[str]) -> None
 
 
 class _Rotation:
-    """`apply_rotary_pos_emb(q, k, cos, sin)` by the ops of the context that is entered, or as ever."""
+    """`apply_rotary_pos_emb(q, k, cos, sin)` by the ops of the context that is entered, or as ever.
+
+    A backend that rotates as it attends is left to do so, unless the family wants the numbers before: learned by trying.
+    """
 
     def __init__(self, original: Any) -> None:
         self._original = original
+        self._defers = True
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        ops = current_ops()
-        if ops is None or args or kwargs or not _fits(q, k, cos, sin, ops):
+        context = current_context()
+        ops = None if context is None else context.backend.ops
+        if context is None or ops is None or args or kwargs or not _fits(q, k, cos, sin, ops):
             return self._original(q, k, cos, sin, *args, **kwargs)
-        return ops.rotate(q, k, cos, sin)
+        if context.rotator is None or not self._defers:
+            return ops.rotate(q, k, cos, sin)
+
+        def rotate_after_all() -> tuple[torch.Tensor, torch.Tensor]:
+            self._defers = False
+            return ops.rotate(q, k, cos, sin)
+
+        return defer(Rotation(q, k, cos, sin, rotate_after_all))
 
 
 def _fits(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ops: FusedOps) -> bool:

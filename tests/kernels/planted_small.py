@@ -10,7 +10,7 @@ from streamkv_kernels.emulated import EmulatedDevice
 from tests.kernels.planted import Planted
 from tests.kernels.test_sample import counts_by_the_generator, cuts_show, follows_the_definition, weighs_as_exp
 from tests.kernels.test_small_blocks import moves_as_the_model
-from tests.kernels.test_small_kv import SHAPES, faults_reach_the_scale, writes_exactly
+from tests.kernels.test_small_kv import SHAPES, faults_reach_the_scale, turns_bit_by_bit_as_torch, writes_exactly
 from tests.kernels.test_small_logits import CASES, changes_each, finds_faults, takes_the_first_of_the_largest, tells_logprobs
 from tests.kernels.test_small_rows import gate_is_exact, norm_is_exact, norm_with_residual, rotates_as_torch
 
@@ -44,6 +44,7 @@ def check(device: EmulatedDevice) -> None:
         moves_as_the_model(device, layout, [(0, 1), (1, 0), (2, 5)], [4, 2], 0x11223344)
     writes_exactly(device, SHAPES["part of a head, int8, norms of Gemma"])
     faults_reach_the_scale(device)
+    turns_bit_by_bit_as_torch(device, 64, BF16)
 
 
 ROWS: Final = (
@@ -83,6 +84,10 @@ KV: Final = (
     Planted("NaN is lost in the scale", "kv_write.cu", " + spoilt;", ";", "numbers"),
     Planted("half of a head decides on its scale", "kv_write.cu", "fmaxf(fabsf(units[i].a[j]), fabsf(units[i].b[j]))",
             "fabsf(units[i].a[j])", "numbers"),
+    Planted("products are not rounded", "kv_write.cu", "rounded<IO>(a * cos_a[j])", "a * cos_a[j]", "numbers"),
+    Planted("all tokens turn as the first", "kv_write.cu", "ROPE == 3 ? token * HEAD_DIM", "ROPE == 3 ? 0", "numbers"),
+    Planted("the second half has the first one's cosine", "kv_write.cu", "load_pair(cos_b, cos + HEAD_DIM / 2)",
+            "load_pair(cos_b, cos)", "numbers"),
     Planted("the row's stride for the head's", "kv_write.cu", "head * head_stride + row * row_stride",
             "head * row_stride + row * row_stride", "numbers"),
 )  # fmt: skip  # a bug is a thought

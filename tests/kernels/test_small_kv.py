@@ -13,7 +13,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from streamkv_kernels.emulated import EmulatedDevice
-from streamkv_kernels.kv_write import KVWriter, LayerCache, Norms, Rope, rope_table
+from streamkv_kernels.kv_write import Angles, KVWriter, LayerCache, Norms, Rope, rope_table
+from streamkv_kernels.rows import RowKernels
 from tests.kernels.small import NAN, as_exact_as_torch, in_every_schedule, random, same_bits, spaced
 
 BF16, F16, E4M3, INT8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8
@@ -58,7 +59,7 @@ class Batch:
     value: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
-    rope: Rope | None
+    rope: Rope | Angles | None
     norms: Norms | None
     pool: torch.Tensor  # [num_blocks, layers, 2, kv_heads, block_size, head_dim]; the cache is layer 1 of 3
     scales: torch.Tensor  # [num_blocks, layers, 2, kv_heads, block_size]
@@ -200,6 +201,25 @@ def test_keys_that_are_rotated_already_are_copied(plain: EmulatedDevice) -> None
     without_rope_keys_are_copied(plain)
 
 
+def turns_bit_by_bit_as_torch(device: EmulatedDevice, head_dim: int, dtype: torch.dtype) -> None:
+    """One launch for the three that a model's own code makes: both sides turned by rotate.cu, then written."""
+    batch = make(Shape(head_dim, dtype, dtype, heads=5, kv_heads=3))
+    angles = [random(batch.shape.num_tokens, head_dim, seed=seed, dtype=dtype) for seed in (7, 8)]
+    query, key = (x.transpose(0, 1)[None] for x in (batch.query, batch.key))
+    turned = RowKernels(device, dtype).rotate(query, key, *(part[None] for part in angles))
+    query, key = (x[0].transpose(0, 1) for x in turned)
+    apart, before = make(batch.shape), batch.pool.clone()
+    KVWriter(device, dtype).write(key, apart.value, apart.slots, apart.cache)
+    assert not same_bits(apart.pool, before)
+    assert same_bits(replace(batch, rope=Angles(*angles)).run(device), query)
+    assert same_bits(batch.pool, apart.pool)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, BF16), (96, F16), (256, BF16)])
+def test_angles_of_tokens_turn_bit_by_bit_as_torch(plain: EmulatedDevice, head_dim: int, dtype: torch.dtype) -> None:
+    turns_bit_by_bit_as_torch(plain, head_dim, dtype)
+
+
 def faults_reach_the_scale(device: EmulatedDevice) -> None:
     """A head with NaN or Inf cannot be stored in 8 bits; its scale says so. Zeros and tiny numbers are stored as zeros."""
     shape = SHAPES["part of a head, int8, norms of Gemma"]
@@ -249,6 +269,7 @@ def test_any_batch_in_any_schedule_gives_the_same_bits(plain: EmulatedDevice, da
 def kv_obeys(device: EmulatedDevice) -> None:
     for name in ("all of a large head", "part of a head, int8, norms of Gemma"):
         writes_exactly(device, SHAPES[name])
+    turns_bit_by_bit_as_torch(device, 64, BF16)
 
 
 def test_the_checked_build_finds_nothing(checked: EmulatedDevice) -> None:
@@ -288,6 +309,8 @@ def _tables(width: int) -> Rope:
         ({"rope": _tables(33)}, "rope.cos is 66"),
         ({"rope": _tables(34)}, "rope.cos is for 68 numbers"),
         ({"rope": _tables(32), "positions": None}, "positions must be given"),
+        ({"rope": Angles(random(7, 64), random(7, 32))}, "rope.sin has the shape"),
+        ({"rope": Angles(random(8, 64)[1:].clone().float(), random(7, 64))}, "rope.cos is float32"),
         ({"norms": Norms(random(64), random(32), EPS)}, "norms.key has the shape"),
     ],
 )

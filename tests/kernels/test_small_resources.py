@@ -22,6 +22,13 @@ VARIANTS = [
         ),
         128,
     ),
+    (
+        Variant(
+            "kv_write",
+            (("IO", "bf16"), ("KV", "bf16"), ("HEAD_DIM", 256), ("ROT_DIM", 256), ("ROPE", 3), ("NORM", 0)),
+        ),
+        128,
+    ),
     (Variant("logits", (("LOGIT", "bf16"),)), 1024),
     (Variant("sample", (("LOGIT", "bf16"),)), 1024),
 ]
