@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from streamkv.attention import KVSpec
-from streamkv.core.step import Step
+from streamkv.core.step import PENDING, Step
 from streamkv.engine.api import EngineRequest
 from streamkv.engine.build import build_engine
 from streamkv.engine.config import EngineConfig
 from streamkv.engine.engine import InProcessEngine
 from streamkv.runner import model_runner
 from streamkv.runner.loader import load_model
-from streamkv.runner.model_runner import Launched, ModelRunner
+from streamkv.runner.model_runner import Launched, ModelRunner, SkippedStepError
 from streamkv.runner.params import RowParams
 from streamkv.runner.transfer import HostCopy
 from streamkv.sampling_params import Sampling
@@ -186,3 +186,29 @@ def test_tokens_of_a_request_that_has_left_its_row_do_not_count_for_the_next_one
         return runner.launch(steps[-1], {0: params}).collect().tokens[0]
 
     assert first(1, []) == first(0, [])
+
+
+def failing(_copy: HostCopy) -> tuple[torch.Tensor, ...]:
+    raise RuntimeError("the device failed")
+
+
+def test_what_was_launched_before_the_device_failed_is_skipped_and_changes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(folder, dtype="float32")
+    backend = TorchBackend()
+    pool = backend.allocate_kv(KVSpec(8, 8, model.dtype, model.layers))
+    runner = ModelRunner(model, backend, pool, max_num_seqs=1, max_model_len=64, late=True)
+    params = RowParams(Sampling(max_tokens=9, temperature=0.0), 0, (1, 2), 2)
+    first = runner.launch(Step(0, 0.0, [0], [0], [2], [1], [1, 2], [(0, "a")], [(0, 0, (0,))]), {0: params})
+    second = runner.launch(Step(1, 0.0, [0], [2], [1], [1], [PENDING]), {})
+    length = runner._sampler._length.copy()
+    with monkeypatch.context() as patched:
+        patched.setattr(HostCopy, "wait", failing)
+        with pytest.raises(RuntimeError):
+            first.collect()
+    with pytest.raises(SkippedStepError):
+        second.collect()
+    assert (runner._sampler._length == length).all()
+    with pytest.raises(SkippedStepError):
+        runner.launch(Step(2, 0.0, [0], [3], [1], [1], [PENDING]), {})

@@ -17,8 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamkv_backends.taped import FRESH, OtherPathError, TorchCall, Watch, is_view, tensors_in
+from streamkv_kernels.cuda_device import CudaDevice
 from streamkv_kernels.device import Device
-from streamkv_kernels.emulated import EmulatedDevice
 
 __all__ = ["SIZES", "CudaGraphs", "RecordedPass", "recorded_size"]
 
@@ -80,7 +80,7 @@ class CudaGraphs:
         return output, RecordedPass(graph, own, result)
 
     def _capture(self, function: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
-        if isinstance(self._device, EmulatedDevice):
+        if not isinstance(self._device, CudaDevice):
             emulated = EmulatedGraph()
             return emulated, emulated.capture(self._device, function)
         graph = torch.cuda.CUDAGraph()
@@ -105,7 +105,7 @@ class EmulatedGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]  # unty
         """Else torch imports its compiler, seconds long, to keep it away from here."""
         return False
 
-    def capture(self, device: EmulatedDevice, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def capture(self, device: Any, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Run `function`, and write down what it does.
 
         Raises:
