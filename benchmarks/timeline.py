@@ -96,13 +96,13 @@ class Trace:
         """Have a runner write down how large its forward passes are, and when they ran."""
         original = runner._forward  # noqa: SLF001  # the benchmark looks inside
 
-        def forward(tokens: Any, positions: Any, keep: Any) -> Any:
+        def forward(*inputs: Any) -> Any:
             began = perf_counter()
             try:
-                return original(tokens, positions, keep)
+                return original(*inputs)
             finally:
                 self.add(FORWARD, began)
-                self.passes.append((len(tokens), perf_counter() - began))
+                self.passes.append((len(inputs[0]), perf_counter() - began))
 
         runner._forward = forward  # noqa: SLF001  # as above
 
@@ -320,6 +320,7 @@ def _wrap(engine: InProcessEngine, streams: TextStreams) -> Trace:
         (runner, "_take_over", "prepare"),
         (runner, "_pack", "prepare"),
         (runner, "_finish", "sample"),
+        (runner, "collect", "sample"),
         (scheduler, "plan", "plan"),
         (engine, "_start", "plan"),
         (scheduler, "commit", "commit"),

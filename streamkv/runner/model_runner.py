@@ -200,6 +200,18 @@ class ModelRunner:
             self._pool.fill(new, float("nan"))
 
     def _compute(self, step: Step) -> Launched:
+        batch, ranges, inputs = self._pack(step)
+        late = self._late and not self._sampler.needs_history(batch.rows[batch.sampled])
+        if not late:
+            self._on_pass()
+            self._see_that_none_failed(step.id)
+        launched = self._finish(batch, ranges, self._forward(*inputs))
+        if late:
+            self._on_pass()
+        return launched
+
+    def _pack(self, step: Step) -> tuple[Batch, list[Range], list[npt.NDArray[np.int64]]]:
+        """The step in arrays, ranges whose logits tell of prompt tokens, and what `_forward` gets; the backend is told of it."""
         batch, tensors = pack(step, self._tables, self._block_size)
         ranges = self._prompts.ranges(batch.rows, batch.starts, batch.counts)
         keep = batch.places  # packed rows whose logits are wanted: first those that sample
@@ -211,14 +223,7 @@ class ModelRunner:
         if self._recordings is not None and batch.only_decodes and not ranges:
             inputs, tensors = self._padded(inputs, tensors, self._recordings.padded(len(batch.tokens)))
         self._context.metadata = self._backend.prepare(tensors)
-        late = self._late and not self._sampler.needs_history(batch.rows[batch.sampled])
-        if not late:
-            self._on_pass()
-            self._see_that_none_failed(step.id)
-        launched = self._finish(batch, ranges, self._forward(*inputs))
-        if late:
-            self._on_pass()
-        return launched
+        return batch, ranges, inputs
 
     @staticmethod
     def _padded(
