@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 from streamkv.engine.build import build_engine
 from streamkv.engine.config import EngineConfig
-from streamkv.errors import EngineError, InvalidRequestError, NumericalError
+from streamkv.errors import EngineError, InvalidRequestError, NumericalError, OutOfMemoryError, StreamKVError
 from streamkv.outputs import CompletionOutput, EmbeddingOutput, RequestOutput, ScoreOutput
 from streamkv.sampling_params import Pooling, SamplingParams
 from streamkv.text.events import Delta, Finished, PromptRead, Status, StreamEvent
@@ -24,7 +24,7 @@ __all__ = ["Engine", "PromptInput"]
 PromptInput = str | list[int] | Mapping[str, Any]
 """A string, token ids, or {"prompt_token_ids": [...]} or {"prompt": "..."}."""
 
-_ERRORS: Final[dict[str, type[NumericalError]]] = {"numerical_error": NumericalError}
+_ERRORS: Final[dict[str, type[StreamKVError]]] = {kind.code: kind for kind in (NumericalError, OutOfMemoryError)}
 
 
 class Engine:
@@ -221,6 +221,6 @@ def _merge(result: RequestOutput, event: StreamEvent) -> bool:
     return True
 
 
-def _failure(error: tuple[str, str]) -> EngineError | NumericalError:
+def _failure(error: tuple[str, str]) -> StreamKVError:
     code, message = error
     return _ERRORS.get(code, EngineError)(message)

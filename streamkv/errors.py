@@ -20,6 +20,7 @@ __all__ = [
     "ModelLoadError",
     "ModelNotFoundError",
     "NumericalError",
+    "OutOfMemoryError",
     "OverloadedError",
     "RateLimitedError",
     "StreamKVError",
@@ -122,6 +123,13 @@ class NumericalError(StreamKVError):
     """The model produced NaN or Inf for this request; only this request ends."""
 
     code = "numerical_error"
+
+
+class OutOfMemoryError(StreamKVError):
+    """The memory left beside weights and KV pool did not do for this request even alone; only this request ends."""
+
+    code = "out_of_memory"
+    retryable = True
 
 
 class EngineError(StreamKVError):

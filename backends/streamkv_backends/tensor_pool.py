@@ -38,12 +38,13 @@ class TensorPool:
         return self._spec
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copy whole blocks; indexing gathers all sources before the assignment writes."""
+        """Copy whole blocks; all sources of all layers are gathered before the first is written."""
         if not pairs:
             return
         sources, targets = self._index([source for source, _ in pairs]), self._index([target for _, target in pairs])
-        for blocks in self._by_block:
-            blocks[targets] = blocks[sources]
+        gathered = [blocks[sources] for blocks in self._by_block]
+        for blocks, new in zip(self._by_block, gathered, strict=True):
+            blocks[targets] = new
 
     def read(self, block_ids: list[int]) -> torch.Tensor:
         """[len(block_ids), num_bytes] uint8 on the CPU: layer after layer."""

@@ -16,7 +16,7 @@ from streamkv.cli.observe_options import add_observe_arguments, observer_to
 from streamkv.engine.config import EngineConfig
 from streamkv.logs import configure_logs
 from streamkv.server.config import ServerConfig, is_loopback
-from streamkv.server.watchdog import Watchdog
+from streamkv.server.watchdog import EXIT_STATUS, Watchdog
 
 __all__ = ["add_arguments", "run"]
 
@@ -81,7 +81,7 @@ def add_safety_arguments(parser: argparse.ArgumentParser, defaults: ServerConfig
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal; 0 if every stream could finish."""
+    """Serve until a signal; 0 if every stream could finish. If the engine is lost the process ends here, with status 70."""
     configure_logs(json=arguments.log_format == "json", level=arguments.log_level)
     engine = engine_config(arguments)
     server = ServerConfig(
@@ -114,7 +114,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_serve(engine, server))
+        status = runner.run(_serve(engine, server))
+    if status == EXIT_STATUS:
+        # Not the interpreter's way out: what it would free may be on a device that answers no more, and C++ would abort.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def check_safety(config: ServerConfig) -> None:
@@ -163,7 +168,7 @@ async def _serve(engine_settings: EngineConfig, config: ServerConfig) -> int:
                     announcing.cancel()
     finally:
         watchdog.stop()  # last: what hangs while it closes hangs as well
-    return 0 if complete else 1
+    return EXIT_STATUS if server.lost.is_set() else 0 if complete else 1
 
 
 async def _announce(server: object, config: ServerConfig, ready: asyncio.Event) -> None:

@@ -34,8 +34,10 @@ from streamkv.engine.api import (
     check_wish,
 )
 from streamkv.engine.kv_view import take_kv_map
+from streamkv.engine.squeeze import Squeeze
 from streamkv.engine.thread import Pending, RunnerThread
 from streamkv.errors import DrainingError, InvalidRequestError
+from streamkv.runner.faults import DeviceLostError, is_out_of_memory, let_go
 from streamkv.runner.params import RowExtra, RowParams
 from streamkv.sampling_params import Pooling, Sampling
 
@@ -45,6 +47,10 @@ _MAX_BATCHES: Final = 1024
 """Step batches that wait for the consumer; a consumer that is further behind than this slows the engine down."""
 
 _INTERNAL: Final = ("internal", "the engine failed while computing this request; other requests are not affected")
+_OUT_OF_MEMORY: Final = (
+    "out_of_memory",
+    "the server has too little memory to compute this request even alone; send it again later, or a shorter one",
+)
 
 log = structlog.get_logger(__name__)
 
@@ -56,7 +62,11 @@ class Runner(Protocol):
         """Carry out one step, or have a device begin; after an exception every later step raises until `resume`."""
 
     def resume(self) -> None:
-        """Compute again."""
+        """Compute again after a failed step.
+
+        Raises:
+            DeviceLostError: nothing can be computed in this process any more.
+        """
 
     def record_ahead(self) -> bool:
         """Nothing is to be done: do a little of what will save time later. False = there is nothing left of that."""
@@ -102,6 +112,7 @@ class InProcessEngine:
         self._clock = clock
         self._check = check
         self._check_arguments = dict(check_arguments or {})
+        self._squeeze = Squeeze(info.max_num_batched_tokens, info.block_size)
         self._asked: dict[str, _Asked] = {}
         self._flight: deque[tuple[Step, asyncio.Future[Sampled]]] = deque()
         self._batches: asyncio.Queue[StepBatch | None] = asyncio.Queue(_MAX_BATCHES)
@@ -249,9 +260,12 @@ class InProcessEngine:
                 await self._turn()
         except asyncio.CancelledError:
             raise
-        except Exception:
-            # A bug of ours: nothing can be trusted now. Every stream learns of it; the process stays to say so.
-            log.exception("engine_failed")
+        except Exception as error:
+            # The device is lost, or a bug of ours: nothing can be trusted now. Every stream learns of it, and the server ends.
+            if isinstance(error, DeviceLostError):
+                log.error("device_lost", error=error.message)  # noqa: TRY400  # the failed step is in the log with its traceback
+            else:
+                log.exception("engine_failed")
             self._draining = True
             for request_id in self._scheduler.live_ids():
                 self._ended.append(Event(request_id, finish_reason="error", error=("engine_lost", "the engine failed")))
@@ -292,11 +306,13 @@ class InProcessEngine:
         step, future = self._flight[0]
         if len(self._flight) == 1:
             self._thread.flush()
+        failure: Exception | None = None
         try:
             sampled = await future
-        except Exception:
-            log.exception("step_failed", step=step.id, requests=len(step.rows), tokens=step.num_tokens)
-            await self._recover()
+        except Exception as error:
+            failure = error  # outside of this block nothing else holds on to it
+        if failure is not None:
+            await self._recover(step, failure)
             return
         self._flight.popleft()
         await self._commit(step, sampled)
@@ -307,6 +323,9 @@ class InProcessEngine:
         self._step_tokens[bisect_left(STEP_TOKEN_BOUNDS, step.num_tokens)] += 1
         self._computed_tokens += step.num_tokens
         self._last_step_at = self._clock()
+        if self._squeeze.succeeded():
+            log.info("larger_steps", tokens=self._squeeze.tokens)
+            self._scheduler.squeeze(self._squeeze.tokens)
         if self._check:
             self._scheduler.check()
         await self._send(events)
@@ -330,24 +349,58 @@ class InProcessEngine:
     async def _record_ahead(self) -> None:
         try:
             self._ahead = await self._thread.submit(self._runner.record_ahead)
-        except Exception:  # any: the steps themselves can do without
+        except Exception as error:  # any: the steps themselves can do without
             log.warning("recording_ahead_failed", exc_info=True)
+            let_go(error)
             self._ahead = False
 
     # -- a step that failed ---------------------------------------------------------------------------------------
 
-    async def _recover(self) -> None:
-        """A step raised: find the request that breaks it and end only that one.
+    async def _recover(self, step: Step, failure: Exception) -> None:
+        """A step raised: end as few requests as can be, and go on.
 
-        Everything in flight is forgotten and planned again in halves, one after the other without look-ahead: first all
-        suspects once more (a passing fault), then ever smaller groups. A group of one that fails is the offender.
+        Everything in flight is forgotten. If memory was short, later steps are smaller. Else the request that breaks the step is
+        looked for: all suspects once more (a passing fault), then in halves, one after the other without look-ahead. A group of
+        one that fails is the offender.
+
+        Raises:
+            DeviceLostError: nothing can be computed in this process any more.
         """
         self._thread.flush()
         for _, future in self._flight:
             with contextlib.suppress(Exception):
                 await future  # successors come back skipped
         self._flight.clear()
-        groups = [self._scheduler.abandon()]
+        suspects = await self._step_back(step, failure)
+        if suspects is not None:
+            await self._isolate(suspects)
+
+    async def _step_back(self, step: Step, failure: Exception) -> list[str] | None:
+        """Stand where the last commit left everything; if memory was short, have later steps take less than this one did.
+
+        Returns:
+            The requests that may have broken the step; None if none of them did, because memory was short.
+        """
+        what = {"step": step.id, "requests": len(step.rows), "tokens": step.num_tokens}
+        short_of_memory = is_out_of_memory(failure)
+        if short_of_memory:
+            log.warning("out_of_memory", **what, error=str(failure))
+        else:
+            log.error("step_failed", **what, exc_info=failure)
+        let_go(failure)
+        suspects = self._scheduler.abandon()
+        await self._thread.submit(self._runner.resume)
+        if not short_of_memory:
+            return suspects
+        if not self._squeeze.failed(len(step.rows), step.num_tokens):
+            await self._fail(suspects, _OUT_OF_MEMORY)
+        elif self._squeeze.tokens < step.num_tokens:
+            log.warning("smaller_steps", tokens=self._squeeze.tokens)
+            self._scheduler.squeeze(self._squeeze.tokens)
+        return None
+
+    async def _isolate(self, suspects: list[str]) -> None:
+        groups = [suspects]
         retried = False
         while groups:
             group = groups.pop()
@@ -360,29 +413,33 @@ class InProcessEngine:
                 middle = len(group) // 2
                 groups += [group[middle:], group[:middle]]
             else:
-                event = self._scheduler.cancel(group[0], "error", _INTERNAL)
-                if event is not None:
-                    log.error("request_failed", request=group[0])
-                    self._ended.append(event)
-                await self._send([])
+                await self._fail(group, _INTERNAL)
+
+    async def _fail(self, request_ids: list[str], error: tuple[str, str]) -> None:
+        """End these; the others do not notice."""
+        for request_id in request_ids:
+            event = self._scheduler.cancel(request_id, "error", error)
+            if event is not None:
+                log.error("request_failed", request=request_id, code=error[0])
+                self._ended.append(event)
+        await self._send([])
 
     async def _try(self, group: frozenset[str]) -> bool:
-        """Advance just these requests by one step; False if it raises."""
-        await self._thread.submit(self._runner.resume)
+        """Advance just these requests by one step; False if it raises, and not for want of memory."""
         step = self._scheduler.plan(self._clock(), group)
         if step is None:
             return True
         launched = self._launch(step)
         self._thread.flush()
+        failure: Exception | None = None
         try:
             sampled = await launched
         except Exception as error:
-            log.warning("step_failed_again", step=step.id, requests=len(group), error=repr(error))
-            self._scheduler.abandon()
-            await self._thread.submit(self._runner.resume)
-            return False
-        await self._commit(step, sampled)
-        return True
+            failure = error
+        if failure is None:
+            await self._commit(step, sampled)
+            return True
+        return await self._step_back(step, failure) is None
 
     # -- outputs --------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class EngineSide:
 def _ending(event: text.Finished, stream: OutStream) -> m.Done | m.Error:
     if event.error is not None:
         code, message = event.error
-        return m.Error(code, message, stream.id, retryable=code == "engine_lost")
+        return m.Error(code, message, stream.id, retryable=code in ("engine_lost", "out_of_memory"))
     timings, score = event.timings, event.score
     perplexity = score.perplexity if score is not None else 0.0
     return m.Done(

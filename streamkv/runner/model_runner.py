@@ -12,8 +12,10 @@ A step whose sampling depends on what was sampled before (penalties, processors)
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +23,7 @@ import torch
 
 from streamkv.attention import AttentionBackend, KVPool, Recorder, StepTensors
 from streamkv.core.step import PENDING, Sampled, Step
+from streamkv.runner.faults import DeviceLostError
 from streamkv.runner.hook import KVContext
 from streamkv.runner.host_blocks import HostBlocks
 from streamkv.runner.loader import LoadedModel
@@ -120,6 +123,7 @@ class ModelRunner:
         self._prompts = PromptReader()
         self._tap = tap
         self._failed_at: int | None = None  # the step that failed
+        self._owed: deque[Callable[[], None]] = deque()  # of steps that came, what is not taken over yet
         self._recordings: Recordings | None = None
         self._ahead: list[int] = []  # sizes to be recorded before they come, from behind
         if isinstance(backend, Recorder):
@@ -134,7 +138,20 @@ class ModelRunner:
         return self._pool
 
     def resume(self) -> None:
-        """Compute again after a failed step; called once its successors have come back skipped."""
+        """Compute again after a failed step; called once its successors have come back skipped and its error is forgotten.
+
+        Raises:
+            DeviceLostError: the device answers no more in this process.
+        """
+        on_gpu = self._model.device.type == "cuda"
+        probe = partial(torch.cuda.synchronize, self._model.device) if on_gpu else getattr(self._backend, "synchronize", None)
+        if probe is not None:
+            try:
+                probe()
+            except Exception as error:
+                raise DeviceLostError(f"the device answers no more: {error}") from error
+        if on_gpu:
+            torch.cuda.empty_cache()  # if memory was short, what torch keeps may be in pieces of the wrong size
         self._failed_at = None
 
     def run(self, step: Step, params: Mapping[int, RowParams]) -> Sampled:
@@ -153,14 +170,14 @@ class ModelRunner:
             SkippedStepError: an earlier step failed and `resume` was not called yet.
             Exception: whatever the model raised; later steps are skipped until `resume`.
         """
-        self._take_over(step, params)
         try:
+            self._take_over(step, params)
             self._see_that_none_failed(step.id)
             return self._compute(step)
         except SkippedStepError:
             raise
         except BaseException:
-            self._failed_at = step.id
+            self._failed_at = step.id if self._failed_at is None else self._failed_at
             raise
 
     def _see_that_none_failed(self, step_id: int) -> None:
@@ -169,23 +186,33 @@ class ModelRunner:
             raise SkippedStepError(f"step {step_id} was skipped")
 
     def _take_over(self, step: Step, params: Mapping[int, RowParams]) -> None:
-        """Tables and all moves of blocks: also for a step that is then skipped, because the next one builds on them."""
+        """Tables and all moves of blocks: also for a step that is then skipped, because the next one builds on them.
+
+        Each part is done once, in this order. The one that fails, for want of memory, is done again before the next step; that
+        may be, because a pool allocates what it needs for copies before it writes the first.
+        """
+        self._owed.append(partial(self._take_rows, step, params))
+        if step.swap_out:
+            self._owed.append(partial(self._host.swap_out, step.swap_out))
+        if step.clears:
+            self._owed.append(partial(self._pool.fill, step.clears, 0.0))
+        if step.copies:
+            self._owed.append(partial(self._pool.copy, step.copies))
+        if step.swap_in:
+            self._owed.append(partial(self._host.swap_in, step.swap_in))
+        if self._poison:
+            self._owed.append(partial(self._poison_new_blocks, step))
+        while self._owed:
+            self._owed[0]()
+            self._owed.popleft()
+
+    def _take_rows(self, step: Step, params: Mapping[int, RowParams]) -> None:
         for row, _ in step.admitted:
             self._sampler.admit(row, params[row])
             self._prompts.admit(row, params[row])
             self._tenures[row] += 1
         for row, first, ids in step.tables:
             self._tables[row, first : first + len(ids)] = ids
-        if step.swap_out:
-            self._host.swap_out(step.swap_out)
-        if step.clears:
-            self._pool.fill(step.clears, 0.0)
-        if step.copies:
-            self._pool.copy(step.copies)
-        if step.swap_in:
-            self._host.swap_in(step.swap_in)
-        if self._poison:
-            self._poison_new_blocks(step)
 
     def _poison_new_blocks(self, step: Step) -> None:
         filled = {target for _, target in step.copies}

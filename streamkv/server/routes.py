@@ -83,6 +83,7 @@ def status_of(error: StreamKVError) -> int:
         "rate_limited": 429,
         "draining": 503,
         "engine_lost": 503,
+        "out_of_memory": 503,
         "internal": 500,
         "numerical_error": 500,
         "deadline_exceeded": 504,

@@ -28,7 +28,7 @@ LEAKS = re.compile(
 CODES = {
     *("invalid_request", "model_not_found", "context_length_exceeded", "stream_exists", "too_many_streams", "overloaded"),
     *("draining", "kv_oom", "resume_gone", "fork_gone", "stalled_timeout", "unknown_type", "numerical_error", "engine_lost"),
-    *("deadline_exceeded", "rate_limited", "internal"),  # those of the WebSocket; the rest is HTTP's
+    *("out_of_memory", "deadline_exceeded", "rate_limited", "internal"),  # those of the WebSocket; the rest is HTTP's
     *("unauthorized", "forbidden", "not_found", "method_not_allowed", "unsupported_media_type", "too_large", "timeout"),
 }
 LONG = "x" * 100_000
