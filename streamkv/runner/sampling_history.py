@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from streamkv.runner.transfer import upload
 from streamkv.sampling_params import Sampling
 
 __all__ = ["PenaltyBatch", "PenaltyTables", "penalise"]
+
+_NEUTRAL: Final = np.array([1, 0, 0], np.float32)  # repetition, presence and frequency
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class PenaltyTables:
     def admit(self, row: int, sampling: Sampling, tokens: Sequence[int], num_prompt: int) -> None:
         """A request takes over a row; `tokens` are prompt and output so far, a fork's output begins where its family's did."""
         factors = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-        self._used[row] = factors != (1.0, 0.0, 0.0)
+        self._used[row] = factors != tuple(_NEUTRAL.tolist())
         if not self._used[row]:
             return
         if not self._tokens.size:
@@ -85,12 +89,26 @@ class PenaltyTables:
         own = np.arange(width) < number[:, None]
         return np.where(own, self._tokens[rows, :width], self._nowhere), np.where(own, self._counts[rows, :width], 0)
 
+    def factors(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
+        """Repetition, presence and frequency of each row, [num_rows, 3]; None if none of them has penalties."""
+        used = self._used[rows]
+        return np.where(used[:, None], self._factors[rows], _NEUTRAL) if used.any() else None
+
+    def seen(self, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+        """The lists of the rows that have penalties, one after the other: where each row begins, [num_rows + 1], ids, counts."""
+        number = np.where(self._used[rows], self._number[rows], 0)
+        starts = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(number, out=starts[1:])
+        width = int(number.max())
+        own = np.arange(width) < number[:, None]
+        return starts, self._tokens[rows, :width][own], self._counts[rows, :width][own]
+
     def batch(self, rows: npt.NDArray[np.int64], width: int, device: torch.device) -> PenaltyBatch | None:
         """What stays as long as the batch has these rows; None if none of them has penalties."""
         places = np.flatnonzero(self._used[rows])
         if not len(places):
             return None
-        factors = torch.from_numpy(self._factors[rows[places]]).to(device)
+        (factors,) = upload([self._factors[rows[places]]], device)
         return PenaltyBatch(rows[places], places[:, None] * width, factors[:, :1], factors[:, 1:2], factors[:, 2:])
 
     def apply(self, batch: PenaltyBatch, logits: torch.Tensor) -> None:
@@ -100,10 +118,10 @@ class PenaltyTables:
             logits: [num_rows, width], in place; column `vocab_size` belongs to no token.
         """
         ids, counts = self._listed(batch.rows)
-        places = torch.from_numpy(batch.first + ids).to(logits.device)
+        places, own_counts = upload([batch.first + ids, counts], logits.device)
         flat = logits.view(-1)
         # No place comes twice but the one that no token has, and its -inf stays what it is.
-        flat[places] = penalise(flat[places], torch.from_numpy(counts).to(logits.device), batch)
+        flat[places] = penalise(flat[places], own_counts, batch)
 
 
 def penalise(values: torch.Tensor, counts: torch.Tensor, batch: PenaltyBatch) -> torch.Tensor:

@@ -12,7 +12,7 @@ from streamkv.runner.sampling_cuts import looking_is_free
 from streamkv.runner.transfer import HostCopy
 from streamkv.sampling_params import TokenLogprobs
 
-__all__ = ["PositionLogprobs", "launch_logprobs"]
+__all__ = ["PositionLogprobs", "launch_logprobs", "without_top"]
 
 _SLICE: Final = 2**20
 """Logits that are worked on at a time, 4 MiB in float32: temporaries stay small, and near the processor."""
@@ -51,6 +51,12 @@ def launch_logprobs(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> Pos
     starts = range(0, max(1, len(logits)), size)
     parts = [_some(logits[start : start + size], tokens[start : start + size], min(top, logits.shape[-1])) for start in starts]
     return PositionLogprobs(HostCopy(*(torch.cat(same) for same in zip(*parts, strict=True))))
+
+
+def without_top(chosen: torch.Tensor, ranks: torch.Tensor) -> PositionLogprobs:
+    """What is told where no list is wanted; both [n]."""
+    none = chosen.new_empty((len(chosen), 0))
+    return PositionLogprobs(HostCopy(chosen, ranks, none, none))
 
 
 def _some(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,7 @@ logits only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from streamkv.runner.transfer import upload
 from streamkv.sampling_params import Sampling
 
-__all__ = ["MaskBatch", "MaskTables"]
+__all__ = ["Listed", "MaskBatch", "MaskPlaces", "MaskTables"]
 
 _Ints = npt.NDArray[np.int64]
 
@@ -41,30 +42,56 @@ class _Lists:
         return len(self.bad) + len(self.endings) + len(self.words) >= number
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Token ids of a batch's rows, one row after the other; `of` is the entry that each belongs to."""
+
+    ids: _Ints
+    of: _Ints
+
+    def take(self, which: npt.NDArray[np.generic]) -> Listed:
+        """Some of them."""
+        return Listed(self.ids[which], self.of[which])
+
+    def places(self, width: int) -> _Ints:
+        """Their indices in flattened logits with rows of this width."""
+        return self.of * width + self.ids
+
+
+@dataclass(frozen=True, slots=True)
 class MaskBatch:
-    """The joined lists of a batch. Places are indices into its flattened logits; `of` is the entry each belongs to.
+    """The joined lists of a batch.
 
     Attributes:
-        bias: places, and what is added to them.
-        allowed: entries that have some, and the places that keep their logits.
-        bad: places.
-        endings, endings_of: places that count until `min_tokens`, which is [num_rows].
-        words, words_of: last tokens of bad words.
+        bias: ids, with what is added to each, float32.
+        restricted: entries that may say nothing but what is `allowed`.
+        endings: count until `min_tokens`.
+        words: last tokens of bad words.
         before: [num_words, longest], the tokens before them, the nearest first; `_ANY` fills.
         may_be_empty: some row may be left nothing.
     """
 
     rows: _Ints
-    bias: tuple[torch.Tensor, torch.Tensor] | None = None
-    allowed: tuple[torch.Tensor, torch.Tensor] | None = None
-    bad: torch.Tensor | None = None
-    endings: _Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    endings_of: _Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    words: _Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    words_of: _Ints = field(default_factory=lambda: np.zeros(0, np.int64))
-    before: _Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
-    may_be_empty: bool = False
+    bias: Listed
+    bias_values: npt.NDArray[np.float32]
+    restricted: _Ints
+    allowed: Listed
+    bad: Listed
+    endings: Listed
+    words: Listed
+    before: _Ints
+    may_be_empty: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPlaces:
+    """Where the lists of a batch lie in torch's flattened logits; `restricted` are rows of these."""
+
+    bias: torch.Tensor
+    bias_values: torch.Tensor
+    restricted: torch.Tensor
+    allowed: torch.Tensor
+    bad: torch.Tensor
 
 
 class MaskTables:
@@ -106,34 +133,34 @@ class MaskTables:
         if self._tokens.size:
             self._tokens[rows, positions] = tokens
 
-    def batch(self, rows: _Ints, width: int, device: torch.device) -> MaskBatch | None:
-        """What stays as long as the batch has these rows; None if nothing is to be done.
-
-        Args:
-            width: of a row of the logits.
-        """
+    def batch(self, rows: _Ints) -> MaskBatch | None:
+        """What stays as long as the batch has these rows; None if nothing is to be done."""
         lists = [(entry, self._lists[row]) for entry, row in enumerate(rows.tolist()) if row in self._lists]
         if not lists:
             return None
-        batch = MaskBatch(rows, may_be_empty=any(own.may_leave_nothing(self._vocab_size) for _, own in lists))
-        if any(own.bias for _, own in lists):
-            places, _ = _join([(entry, [token for token, _ in own.bias]) for entry, own in lists], width)
-            values = [value for _, own in lists for _, value in own.bias]
-            batch.bias = torch.from_numpy(places).to(device), torch.tensor(values, dtype=torch.float32, device=device)
         allowed = [(entry, own.allowed) for entry, own in lists if own.allowed is not None]
-        if allowed:
-            entries = torch.tensor([entry for entry, _ in allowed], device=device)
-            batch.allowed = entries, torch.from_numpy(_join(allowed, width)[0]).to(device)
-        if any(own.bad for _, own in lists):
-            batch.bad = torch.from_numpy(_join([(entry, own.bad) for entry, own in lists], width)[0]).to(device)
-        batch.endings, batch.endings_of = _join([(entry, own.endings) for entry, own in lists], width)
-        batch.words, batch.words_of = _join([(entry, [word[0] for word in own.words]) for entry, own in lists], width)
         words = [word[1:] for _, own in lists for word in own.words]
         longest = max(map(len, words), default=0)
-        batch.before = np.array([word + (_ANY,) * (longest - len(word)) for word in words], np.int64).reshape(len(words), longest)
-        return batch
+        return MaskBatch(
+            rows=rows.copy(),
+            bias=_join([(entry, [token for token, _ in own.bias]) for entry, own in lists]),
+            bias_values=np.array([value for _, own in lists for _, value in own.bias], np.float32),
+            restricted=np.array([entry for entry, _ in allowed], np.int64),
+            allowed=_join(allowed),
+            bad=_join([(entry, own.bad) for entry, own in lists]),
+            endings=_join([(entry, own.endings) for entry, own in lists]),
+            words=_join([(entry, [word[0] for word in own.words]) for entry, own in lists]),
+            before=np.array([word + (_ANY,) * (longest - len(word)) for word in words], np.int64).reshape(len(words), longest),
+            may_be_empty=any(own.may_leave_nothing(self._vocab_size) for _, own in lists),
+        )
 
-    def apply(self, batch: MaskBatch, logits: torch.Tensor, positions: _Ints) -> None:
+    def places(self, batch: MaskBatch, width: int, device: torch.device) -> MaskPlaces:
+        """Those of logits with rows of this width."""
+        listed = [batch.bias.places(width), batch.restricted, batch.allowed.places(width), batch.bad.places(width)]
+        bias, restricted, allowed, bad = upload(listed, device)
+        return MaskPlaces(bias, upload([batch.bias_values], device)[0], restricted, allowed, bad)
+
+    def apply(self, batch: MaskBatch, places: MaskPlaces, logits: torch.Tensor, positions: _Ints) -> None:
         """Add the bias, then set what may not be sampled to -inf.
 
         Args:
@@ -141,27 +168,41 @@ class MaskTables:
             positions: [num_rows], of the tokens to sample.
         """
         flat = logits.view(-1)
-        if batch.bias is not None:
-            flat.index_add_(0, *batch.bias)
-        if batch.allowed is not None:
-            entries, places = batch.allowed
-            kept = flat[places]
-            logits.index_fill_(0, entries, -torch.inf)
-            flat[places] = kept
-        if batch.bad is not None:
-            flat.index_fill_(0, batch.bad, -torch.inf)
+        if len(places.bias):
+            flat.index_add_(0, places.bias, places.bias_values)
+        if len(places.restricted):
+            kept = flat[places.allowed]
+            logits.index_fill_(0, places.restricted, -torch.inf)
+            flat[places.allowed] = kept
+        if len(places.bad):
+            flat.index_fill_(0, places.bad, -torch.inf)
+        for part in self.for_now(batch, positions):
+            flat.index_fill_(0, upload([part.places(logits.shape[1])], flat.device)[0], -torch.inf)
+
+    def for_now(self, batch: MaskBatch, positions: _Ints) -> list[Listed]:
+        """What may not be said at these positions, beside what is bad or not allowed."""
+        parts: list[Listed] = []
         early = positions < self._first_ending[batch.rows]
-        masked = [batch.endings[early[batch.endings_of]]] if early.any() else []
-        if len(batch.words):
-            masked.append(batch.words[self._completes(batch, positions)])
-        for masked_places in masked:
-            flat.index_fill_(0, torch.from_numpy(masked_places).to(flat.device), -torch.inf)
+        if early.any():
+            parts.append(batch.endings.take(early[batch.endings.of]))
+        if len(batch.words.ids):
+            parts.append(batch.words.take(self._completes(batch, positions)))
+        return [part for part in parts if len(part.ids)]
+
+    def bits(self, batch: MaskBatch) -> npt.NDArray[np.int32]:
+        """What rows may say, [num_rows, words]: bit t % 32 of word t / 32."""
+        words = -(-self._vocab_size // 32)
+        may = np.zeros((len(batch.restricted), words * 32), np.uint8)
+        may[np.searchsorted(batch.restricted, batch.allowed.of), batch.allowed.ids] = 1
+        bits = np.full((len(batch.rows), words), -1, np.int32)
+        bits[batch.restricted] = np.packbits(may, axis=1, bitorder="little").view(np.int32)
+        return bits
 
     def _completes(self, batch: MaskBatch, positions: _Ints) -> _Ints:
         """Indices of the bad words whose other tokens are the last ones of their rows."""
-        found = np.arange(len(batch.words))
+        found = np.arange(len(batch.words.ids))
         for back in range(batch.before.shape[1]):  # few words are left after the first look
-            entries = batch.words_of[found]
+            entries = batch.words.of[found]
             where = positions[entries] - 1 - back
             wanted = batch.before[found, back]
             said = self._tokens[batch.rows[entries], np.clip(where, 0, self._tokens.shape[1] - 1)]
@@ -172,9 +213,8 @@ class MaskTables:
 _NOTHING: Final = _Lists((), None, (), (), ())
 
 
-def _join(lists: Sequence[tuple[int, Sequence[int]]], width: int) -> tuple[_Ints, _Ints]:
-    """Places in the flattened logits of (entry, token ids), and the entry of each."""
+def _join(lists: Sequence[tuple[int, Sequence[int]]]) -> Listed:
+    """The token ids of (entry, token ids)."""
     lengths = [len(ids) for _, ids in lists]
     entries = np.repeat(np.array([entry for entry, _ in lists], np.int64), lengths)
-    ids = np.fromiter(chain.from_iterable(ids for _, ids in lists), np.int64, sum(lengths))
-    return entries * width + ids, entries
+    return Listed(np.fromiter(chain.from_iterable(ids for _, ids in lists), np.int64, sum(lengths)), entries)

@@ -18,36 +18,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from streamkv.fused import FusedOps
+from streamkv.fused import FusedOps, SamplingOps
 from streamkv.runner.logits_processor import LogitsProcessor
 from streamkv.runner.params import RowParams
-from streamkv.runner.philox import uniform
-from streamkv.runner.sampler import CHUNK, draw, inverse_cdf, most_probable, num_chunks, softmax
-from streamkv.runner.sampling_cuts import Cuts
+from streamkv.runner.sampler import CHUNK, most_probable, num_chunks
+from streamkv.runner.sampling_draw import Drawing, drawing_of
+from streamkv.runner.sampling_fused import FusedChanges, Parameters, parameters_of
 from streamkv.runner.sampling_history import PenaltyBatch, PenaltyTables
-from streamkv.runner.sampling_logprobs import PositionLogprobs, launch_logprobs
-from streamkv.runner.sampling_masks import MaskBatch, MaskTables
+from streamkv.runner.sampling_logprobs import PositionLogprobs, launch_logprobs, without_top
+from streamkv.runner.sampling_masks import MaskBatch, MaskPlaces, MaskTables
+from streamkv.runner.transfer import upload
 from streamkv.sampling_params import TokenLogprobs
 
 __all__ = ["LaunchedLogprobs", "RowSampler"]
 
 _Ints = npt.NDArray[np.int64]
-
-_COLDEST: Final = 1e-30
-"""Division by less could overflow; long before, only the most probable token has any weight."""
-
-_SLICE: Final = 2**21
-"""Logits of the rows that are drawn together. What is needed on the way is as large in float32, and beyond some 32 MiB the
-allocator hands out fresh pages every time, which cost more than the work."""
-
-_Entries = slice | torch.Tensor
-"""Some entries of a batch: a slice where they stand together, so that picking them copies nothing."""
 
 _PARAMETERS: Final = np.dtype(
     [
@@ -64,33 +56,49 @@ _PARAMETERS: Final = np.dtype(
 
 
 @dataclass(frozen=True, slots=True)
+class _TorchBatch:
+    """What torch is given of a batch.
+
+    Attributes:
+        places: of the masks.
+        may_be_empty: masks or processors may leave some row nothing.
+    """
+
+    drawing: Drawing
+    penalties: PenaltyBatch | None
+    masks: MaskBatch | None
+    places: MaskPlaces | None
+    may_be_empty: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _FusedBatch:
+    """What the backend's functions are given of a batch.
+
+    Attributes:
+        changes: None if logits are sampled from as they are.
+        rest: entries that torch draws all the same, and how.
+    """
+
+    parameters: Parameters
+    changes: FusedChanges | None
+    rest: tuple[torch.Tensor, Drawing] | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Batch:
     """What stays as long as the batch has the same rows. Entries are indices into the batch.
 
     Attributes:
-        temperature: float32 [num_rows, 1], 1 for greedy rows; None = all 1.
-        plain: entries that draw from all tokens, in slices.
-        cut: entries that draw from what their cuts keep, in slices; the others take the most probable token.
-        seed, branch: int64 [num_rows].
         processors: each with the entries that asked for it and their rows.
-        may_be_empty: masks or processors may leave some row nothing.
+        plain: of each row the largest of its logits is taken, as they are.
+        way: how it is sampled otherwise.
     """
 
     rows: _Ints
-    temperature: torch.Tensor | None
-    plain: list[_Entries]
-    cut: list[tuple[_Entries, Cuts]]
-    seed: torch.Tensor
-    branch: torch.Tensor
-    penalties: PenaltyBatch | None
-    masks: MaskBatch | None
     processors: list[tuple[LogitsProcessor, torch.Tensor, _Ints]]
-    may_be_empty: bool
-
-    @property
-    def takes_the_most_probable(self) -> bool:
-        """Of each row the largest of its logits as they are."""
-        return not (self.plain or self.cut or self.penalties or self.masks or self.processors)
+    plain: bool
+    way: _TorchBatch | _FusedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +106,10 @@ class LaunchedLogprobs:
     """Log-probabilities of sampled tokens that nobody has waited for yet.
 
     Attributes:
-        entries: [n], the entries of the batch that asked.
-        wanted: [n], how many of the most probable tokens each lists.
-        told: None if there is no such entry.
+        parts: entries of the batch that asked, how many of the most probable tokens each lists, and what they are told.
     """
 
-    entries: _Ints
-    wanted: _Ints
-    told: PositionLogprobs | None
+    parts: list[tuple[_Ints, _Ints, PositionLogprobs]]
 
     def read(self, skip: AbstractSet[int] = frozenset()) -> dict[int, TokenLogprobs]:
         """By entry, an index into the batch's rows; waits for the device.
@@ -113,10 +117,8 @@ class LaunchedLogprobs:
         Args:
             skip: entries that are not wanted.
         """
-        if self.told is None:
-            return {}
-        rows = zip(self.entries.tolist(), self.wanted.tolist(), self.told.read(), strict=True)
-        return {entry: TokenLogprobs(one.chosen, one.top[:most], one.rank) for entry, most, one in rows if entry not in skip}
+        rows = chain.from_iterable(zip(*(*map(list, part[:2]), part[2].read()), strict=True) for part in self.parts)
+        return {int(entry): TokenLogprobs(one.chosen, one.top[:most], one.rank) for entry, most, one in rows if entry not in skip}
 
 
 class RowSampler:
@@ -144,6 +146,7 @@ class RowSampler:
         self._width = num_chunks(vocab_size) * CHUNK
         self._device = device
         self._ops = ops
+        self._sampling: SamplingOps | None = getattr(ops, "sampling", None)
         self._processors = dict(processors or {})
         self._parameters = np.zeros(num_rows, _PARAMETERS)
         self._length = np.zeros(num_rows, np.int64)
@@ -219,32 +222,43 @@ class RowSampler:
             probable one.
         """
         batch = self._batch_of(rows)
-        if self._ops is not None and logits.dtype is self._ops.dtype and batch.takes_the_most_probable:
+        if self._ops is not None and logits.dtype is self._ops.dtype and batch.plain:
             return self._ops.most_probable(logits)
-        # One reduction shows NaN and Inf anywhere in a row: a sum of finite logits stays far from float32's limit.
-        finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))
-        return self._sample(batch, positions, logits), finite
+        (where,) = upload([positions], self._device)
+        if isinstance(batch.way, _TorchBatch):
+            return self._by_torch(batch, batch.way, positions, where, logits)
+        assert self._sampling is not None
+        return self._by_backend(batch, batch.way, self._sampling, positions, where, logits)
 
-    def _sample(self, batch: _Batch, positions: _Ints, logits: torch.Tensor) -> torch.Tensor:
+    def _by_torch(
+        self, batch: _Batch, way: _TorchBatch, positions: _Ints, where: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        finite = _all_finite(logits)
         work = self._copy(logits)
         chunked = work.view(len(logits), -1, CHUNK)
-        best = most_probable(chunked, chunked.amax(dim=-1)) if batch.may_be_empty else None
-        self._change(batch, work, positions)
-        maxima = chunked.amax(dim=-1)
-        empty = maxima.amax(dim=-1) == -torch.inf
-        if batch.temperature is not None:
-            work.div_(batch.temperature)
-            maxima.div_(batch.temperature)  # rounded alike, so they still are the maxima
-        tokens = most_probable(chunked, maxima)
-        if batch.plain or batch.cut:
-            uniforms = uniform(batch.seed, batch.branch, torch.from_numpy(positions).to(self._device))
-            for some in batch.plain:
-                tokens[some] = inverse_cdf(softmax(chunked[some]), uniforms[some])
-            for some, cuts in batch.cut:
-                tokens[some] = draw(chunked[some], maxima[some], cuts, uniforms[some])
-        if best is not None:
-            tokens = torch.where(empty, best, tokens)
-        return tokens.clamp_(0, self._vocab_size - 1)
+        best = most_probable(chunked, chunked.amax(dim=-1)) if way.may_be_empty else None
+        if way.penalties is not None:
+            self._penalties.apply(way.penalties, work)
+        if way.masks is not None and way.places is not None:
+            self._masks.apply(way.masks, way.places, work, positions)
+        self._process(batch, work[:, : self._vocab_size])
+        return way.drawing.tokens(work, where, best).clamp_(0, self._vocab_size - 1), finite
+
+    def _by_backend(
+        self, batch: _Batch, way: _FusedBatch, ops: SamplingOps, positions: _Ints, where: torch.Tensor, logits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        best: torch.Tensor | None = None
+        if way.changes is None:
+            finite = _all_finite(logits)
+        else:
+            logits, best, finite = ops.change(logits, way.changes.now(positions))
+            self._process(batch, logits)
+        tokens = ops.sample(logits, *way.parameters, where, best)
+        if way.rest is not None:
+            entries, drawing = way.rest
+            drawn = drawing.tokens(self._copy(logits[entries]), where[entries], None if best is None else best[entries])
+            tokens[entries] = drawn.clamp_(0, self._vocab_size - 1)
+        return tokens, finite
 
     def _copy(self, logits: torch.Tensor) -> torch.Tensor:
         """[num_rows, width] float32, -inf where there is no token; one buffer for all steps: fresh pages cost as much."""
@@ -254,15 +268,11 @@ class RowSampler:
         work[:, : self._vocab_size] = logits
         return work
 
-    def _change(self, batch: _Batch, work: torch.Tensor, positions: _Ints) -> None:
-        """Penalties, bias, masks and processors, in place."""
-        if batch.penalties is not None:
-            self._penalties.apply(batch.penalties, work)
-        if batch.masks is not None:
-            self._masks.apply(batch.masks, work, positions)
-        tokens = work[:, : self._vocab_size]
+    @staticmethod
+    def _process(batch: _Batch, logits: torch.Tensor) -> None:
+        """Let processors change logits, in place."""
         for processor, entries, rows in batch.processors:
-            tokens[entries] = processor.apply(rows, tokens[entries])
+            logits[entries] = processor.apply(rows, logits[entries])
 
     def _batch_of(self, rows: _Ints) -> _Batch:
         batch = self._batch
@@ -272,47 +282,37 @@ class RowSampler:
 
     def _make_batch(self, rows: _Ints) -> _Batch:
         own = self._parameters[rows]
-        greedy = own["temperature"] == 0
-        temperature = np.where(greedy, 1.0, np.maximum(own["temperature"], _COLDEST)).astype(np.float32)
-        cut = (own["top_k"] > 0) | (own["top_p"] < 1) | (own["min_p"] > 0) | (own["typical_p"] < 1)
-        masks = self._masks.batch(rows, self._width, self._device)
-        processors = [(name, np.flatnonzero(asked[rows])) for name, asked in self._asked.items() if asked[rows].any()]
+        asked = [(name, np.flatnonzero(asked[rows])) for name, asked in self._asked.items() if asked[rows].any()]
+        masks = self._masks.batch(rows)
+        changed = bool(asked) or masks is not None or self._penalties.factors(rows) is not None
         return _Batch(
             rows=rows.copy(),
-            temperature=self._tensor(temperature)[:, None] if (temperature != 1).any() else None,
-            plain=[self._entries(some) for some in self._slices(~cut & ~greedy)],
-            cut=[(self._entries(some), self._cuts(own[some])) for some in self._slices(cut & ~greedy)],
-            seed=self._tensor(own["seed"]),
-            branch=self._tensor(own["branch"]),
-            penalties=self._penalties.batch(rows, self._width, self._device),
-            masks=masks,
-            processors=[(self._processors[name], self._tensor(where), rows[where]) for name, where in processors],
-            may_be_empty=bool(processors) or (masks is not None and masks.may_be_empty),
+            processors=[(self._processors[name], self._tensor(where), rows[where]) for name, where in asked],
+            plain=not changed and not own["temperature"].any(),
+            way=self._torch_batch(own, rows, masks, bool(asked))
+            if self._sampling is None
+            else self._fused_batch(own, rows, masks, changed),
         )
 
-    def _slices(self, chosen: npt.NDArray[np.bool_]) -> list[_Ints]:
-        """Indices of the chosen entries, a few rows at a time."""
-        entries, size = np.flatnonzero(chosen), max(1, _SLICE // self._width)
-        return [entries[start : start + size] for start in range(0, len(entries), size)]
+    def _torch_batch(self, own: npt.NDArray[np.void], rows: _Ints, masks: MaskBatch | None, processed: bool) -> _TorchBatch:
+        return _TorchBatch(
+            drawing=drawing_of(own, self._width, self._tensor),
+            penalties=self._penalties.batch(rows, self._width, self._device),
+            masks=masks,
+            places=None if masks is None else self._masks.places(masks, self._width, self._device),
+            may_be_empty=processed or (masks is not None and masks.may_be_empty),
+        )
 
-    def _entries(self, some: _Ints) -> _Entries:
-        first, last = int(some[0]), int(some[-1])
-        return slice(first, last + 1) if last - first + 1 == len(some) else self._tensor(some)
-
-    def _cuts(self, own: npt.NDArray[np.void]) -> Cuts:
-        by_mass = (own["top_p"] < 1) | (own["typical_p"] < 1)
-        return Cuts(
-            top_k=self._tensor(own["top_k"]),
-            top_p=self._tensor(own["top_p"]),
-            min_p=self._tensor(own["min_p"]),
-            typical_p=self._tensor(own["typical_p"]),
-            by_mass=bool(by_mass.any()),
-            typical=bool((own["typical_p"] < 1).any()),
-            wide=bool((by_mass & (own["top_k"] == 0)).any()),
+    def _fused_batch(self, own: npt.NDArray[np.void], rows: _Ints, masks: MaskBatch | None, changed: bool) -> _FusedBatch:
+        rest = np.flatnonzero((own["typical_p"] < 1) & (own["temperature"] > 0))
+        return _FusedBatch(
+            parameters=parameters_of(own, self._device),
+            changes=FusedChanges(rows.copy(), self._penalties, self._masks, masks, self._device) if changed else None,
+            rest=(self._tensor(rest), drawing_of(own[rest], self._width, self._tensor)) if len(rest) else None,
         )
 
     def _tensor(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values.copy()).to(self._device)  # a copy, because columns of records may lie at odd strides
+        return upload([values.copy()], self._device)[0]  # a copy, because columns of records lie at odd strides
 
     @torch.inference_mode()
     def launch_logprobs(self, rows: _Ints, logits: torch.Tensor, tokens: torch.Tensor) -> LaunchedLogprobs:
@@ -324,10 +324,19 @@ class RowSampler:
             tokens: [n], on the device.
         """
         wanted = self._parameters["logprobs"][rows]
-        entries = np.flatnonzero(wanted >= 0)
-        if not len(entries):
-            return LaunchedLogprobs(entries, entries, None)
-        if len(entries) < len(rows):
-            chosen = self._tensor(entries)
-            logits, tokens = logits[chosen], tokens[chosen]
-        return LaunchedLogprobs(entries, wanted[entries], launch_logprobs(logits, tokens, int(wanted[entries].max())))
+        parts = []
+        alone = wanted == 0 if self._sampling is not None else np.zeros(len(rows), bool)  # of these the backend tells
+        for entries, tell in ((np.flatnonzero(alone), self._tell), (np.flatnonzero((wanted >= 0) & ~alone), launch_logprobs)):
+            if len(entries):
+                which = slice(None) if len(entries) == len(rows) else self._tensor(entries)
+                parts.append((entries, wanted[entries], tell(logits[which], tokens[which], int(wanted[entries].max()))))
+        return LaunchedLogprobs(parts)
+
+    def _tell(self, logits: torch.Tensor, tokens: torch.Tensor, _top: int) -> PositionLogprobs:
+        assert self._sampling is not None
+        return without_top(*self._sampling.token_logprobs(logits, tokens))
+
+
+def _all_finite(logits: torch.Tensor) -> torch.Tensor:
+    """[num_rows] bool. One reduction shows NaN and Inf anywhere in a row: a sum of finite ones stays far from float32's limit."""
+    return torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))

@@ -7,21 +7,36 @@ processor nothing is copied at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["HostCopy", "upload"]
+__all__ = ["HostCopy", "packed", "upload"]
+
+_UNIT: Final = 16  # bytes; kernels read vectors of this size
 
 
-def upload(arrays: Sequence[npt.NDArray[np.int64]], device: torch.device) -> list[torch.Tensor]:
-    """One-dimensional arrays as tensors on the device, in one copy."""
+def upload(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+    """Arrays of any dtypes and shapes as tensors on the device, in one copy. They must not be changed any more."""
+    arrays = [np.ascontiguousarray(array) for array in arrays]
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    whole = torch.from_numpy(np.concatenate(arrays)).pin_memory().to(device, non_blocking=True)
-    return list(torch.split(whole, [len(array) for array in arrays]))
+    whole, parts = packed(arrays)
+    whole = whole.pin_memory().to(device, non_blocking=True)
+    return [whole[begin:end].view(dtype).view(shape) for begin, end, dtype, shape in parts]
+
+
+def packed(arrays: Sequence[npt.NDArray[Any]]) -> tuple[torch.Tensor, list[tuple[int, int, torch.dtype, tuple[int, ...]]]]:
+    """Contiguous arrays as one tensor of bytes, each at a multiple of 16; of each where it begins and ends, dtype and shape."""
+    begins = np.cumsum([0, *(-(-array.nbytes // _UNIT) * _UNIT for array in arrays)]).tolist()
+    whole = np.empty(begins[-1], np.uint8)
+    parts = []
+    for array, begin in zip(arrays, begins[:-1], strict=True):
+        whole[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
+        parts.append((begin, begin + array.nbytes, torch.from_numpy(array).dtype, array.shape))
+    return torch.from_numpy(whole), parts
 
 
 class HostCopy:

@@ -21,11 +21,10 @@ from streamkv_kernels.emulated import EmulatedDevice
 from streamkv_kernels.sampling import Parameters, SamplingKernels
 from tests.kernels.sampling_oracle import exact_token, parameters_of, sample_by_kernels, weights_of
 from tests.kernels.small import NAN, in_every_schedule
-from tests.runner.sampling_oracle import Row, distribution, positions, random_logits, rows_of, sample, sampling
+from tests.runner.sampling_oracle import CLOSE, Row, distribution, on_a_step, positions, random_logits, rows_of, sample, sampling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 3, 63, 65, 700, 1999)
-CLOSE = 2e-6
 
 
 def without_typical(row: Row) -> Row:
@@ -186,17 +185,7 @@ def test_tokens_are_those_of_the_runner(plain: EmulatedDevice, data: st.DataObje
     ours, by_runner = sample_by_kernels(plain, rows, logits), sample(rows, logits)
     if ours != by_runner:
         for index, (token, other) in enumerate(zip(ours, by_runner, strict=True)):
-            assert token == other or _on_a_step(rows[index], logits[index], token, other)
-
-
-def _on_a_step(row: Row, logits: torch.Tensor, *tokens: int) -> bool:
-    """Whether the uniform number lies between the tokens, as far as floats can tell."""
-    _, probabilities = distribution([row], logits[None])
-    number = float(uniform(*(torch.tensor([n]) for n in (row.sampling.seed, row.branch, len(row.tokens)))))
-    reached = probabilities[0].cumsum(-1)
-    return row.sampling.temperature > 0 and all(
-        reached[token] - probabilities[0, token] <= number + CLOSE and reached[token] >= number - CLOSE for token in tokens
-    )
+            assert token == other or on_a_step(rows[index], logits[index], token, other)
 
 
 def test_a_large_vocabulary(plain: EmulatedDevice) -> None:
@@ -206,7 +195,7 @@ def test_a_large_vocabulary(plain: EmulatedDevice) -> None:
     logits = random_logits(3, len(rows), 151_937, 2.5)
     tokens = draws(plain, rows, logits, threads=1024)
     for index, (token, other) in enumerate(zip(tokens, sample(rows, logits), strict=True)):
-        assert token == other or _on_a_step(rows[index], logits[index], token, other)
+        assert token == other or on_a_step(rows[index], logits[index], token, other)
 
 
 # -- whatever the geometry --------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +15,8 @@ from streamkv_kernels.emulated import EmulatedDevice
 from streamkv_kernels.sampling import Changed, Changes, SamplingKernels
 from tests.kernels.sampling_oracle import changes_of
 from tests.kernels.small import NAN, in_every_schedule, same_bits
-from tests.runner.sampling_oracle import Row, positions, random_logits, rows_of, sampling, tables
+from tests.runner.sampling_oracle import Row, random_logits, rows_of, sampling
+from tests.runner.sampling_oracle import changed as changed_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 7, 64, 65, 1001, 5000)
@@ -66,10 +66,7 @@ def test_any_fault_anywhere_is_found(plain: EmulatedDevice, dtype: torch.dtype) 
 
 
 def by_runner(rows: list[Row], logits: torch.Tensor) -> torch.Tensor:
-    made = tables(rows, logits.shape[1])
-    work = made._copy(logits)
-    made._change(made._batch_of(np.arange(len(rows))), work, positions(rows))
-    return work[:, : logits.shape[1]]
+    return changed_by_torch(rows, logits)[:, : logits.shape[1]]
 
 
 def changes_like_the_runner(device: EmulatedDevice, rows: list[Row], logits: torch.Tensor) -> Changed:

@@ -23,10 +23,14 @@ from transformers import (
 )
 
 from streamkv.runner.params import RowParams
+from streamkv.runner.philox import uniform
 from streamkv.runner.sampler import CHUNK, largest_chunks
 from streamkv.runner.sampling_cuts import thresholds
 from streamkv.runner.sampling_tables import RowSampler
 from streamkv.sampling_params import Sampling
+
+CLOSE = 2e-6
+"""Where a uniform number is so near a step of the distribution, two ways of summing may differ by one token."""
 
 
 @dataclass
@@ -51,10 +55,12 @@ def random_logits(seed: int, count: int, vocab_size: int, spread: float = 3.0) -
     return torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def tables(rows: Sequence[Row], vocab_size: int, *, processors: Any = None, places: Sequence[int] | None = None) -> RowSampler:
+def tables(
+    rows: Sequence[Row], vocab_size: int, *, processors: Any = None, places: Sequence[int] | None = None, ops: Any = None
+) -> RowSampler:
     """A sampler that has just admitted these rows."""
     made = RowSampler(
-        num_rows=len(rows) + 40, max_len=400, vocab_size=vocab_size, device=torch.device("cpu"), processors=processors
+        num_rows=len(rows) + 40, max_len=400, vocab_size=vocab_size, device=torch.device("cpu"), processors=processors, ops=ops
     )
     for place, row in zip(places or range(len(rows)), rows, strict=True):
         made.admit(place, row.params)
@@ -71,17 +77,27 @@ def positions(rows: Sequence[Row]) -> np.ndarray:
     return np.array([len(row.tokens) for row in rows], np.int64)
 
 
+def changed(rows: Sequence[Row], logits: torch.Tensor, made: RowSampler | None = None) -> torch.Tensor:
+    """Logits after penalties, bias and masks as torch applies them; [num_rows, whole chunks]."""
+    made = made or tables(rows, logits.shape[-1])
+    way, work = made._batch_of(np.arange(len(rows))).way, made._copy(logits)
+    if way.penalties is not None:
+        made._penalties.apply(way.penalties, work)
+    if way.masks is not None:
+        made._masks.apply(way.masks, way.places, work, positions(rows))
+    return work
+
+
 @torch.inference_mode()
 def distribution(rows: Sequence[Row], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the sampler's own tables and cuts make of the logits: kept set, and float64 probabilities, [num_rows, vocab_size]."""
     made = tables(rows, logits.shape[-1])
-    batch = made._batch_of(np.arange(len(rows)))
-    work = made._copy(logits)
-    made._change(batch, work, positions(rows))
-    if batch.temperature is not None:
-        work = work / batch.temperature
+    drawing = made._batch_of(np.arange(len(rows))).way.drawing
+    work = changed(rows, logits, made)
+    if drawing.temperature is not None:
+        work = work / drawing.temperature
     scaled = work.clone()
-    for some, cuts in batch.cut:
+    for some, cuts in drawing.cut:
         part = work[some].unflatten(1, (-1, CHUNK))
         _, candidates = largest_chunks(part, part.amax(dim=-1), 80)
         low, high = thresholds(part, candidates.flatten(1), cuts, torch.softmax(part.flatten(1), -1).view_as(part))
@@ -89,6 +105,16 @@ def distribution(rows: Sequence[Row], logits: torch.Tensor) -> tuple[torch.Tenso
         scaled[some] = work[some].masked_fill(outside, -torch.inf)
     scaled = scaled[:, : logits.shape[-1]].double()
     return torch.isfinite(scaled), torch.softmax(scaled, dim=-1)
+
+
+def on_a_step(row: Row, logits: torch.Tensor, *tokens: int) -> bool:
+    """Whether the uniform number lies between the tokens, as far as floats can tell."""
+    _, probabilities = distribution([row], logits[None])
+    number = float(uniform(*(torch.tensor([n]) for n in (row.sampling.seed, row.branch, len(row.tokens)))))
+    reached = probabilities[0].cumsum(-1)
+    return row.sampling.temperature > 0 and all(
+        reached[token] - probabilities[0, token] <= number + CLOSE and reached[token] >= number - CLOSE for token in tokens
+    )
 
 
 def transformers_scores(row: Row, logits: torch.Tensor) -> torch.Tensor:

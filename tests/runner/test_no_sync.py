@@ -35,7 +35,7 @@ WAITING: dict[str, Callable[[torch.Tensor], object]] = {
     "take by a mask among others": lambda x: x.view(2, 2)[0, x.view(2, 2)[1] > 0],
     "put by a mask": lambda x: torch.zeros(4).__setitem__(x > 0, 1.0),
     "put into by a mask": lambda x: x.__setitem__(torch.ones(4, dtype=torch.bool), 1.0),
-    "unique": lambda x: x.unique(),
+    "argwhere": torch.argwhere,
     "equal": lambda x: torch.equal(torch.zeros(4), x),
     "repeat_interleave": lambda x: torch.arange(4).repeat_interleave(x.long().clamp(0, 1)),
     "contains": lambda x: 3.0 in x,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamkv.runner import sampling_tables
+from streamkv.runner import sampling_draw
 from streamkv.runner.philox import philox_4x32, uniform
 from streamkv.runner.sampler import CHUNK, inverse_cdf, largest_chunks, most_probable, num_chunks
 from tests.runner.sampling_oracle import (
@@ -210,7 +210,7 @@ def test_tokens_are_the_same_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row(sampling(seed=index, **asked[index % 7]), [0], 1) for index in range(50)]
     logits = random_logits(1, 50, 500)
     whole = sample(rows, logits)
-    monkeypatch.setattr(sampling_tables, "_SLICE", 1200)  # two rows
+    monkeypatch.setattr(sampling_draw, "_SLICE", 1200)  # two rows
     assert sample(rows, logits) == whole
 
 

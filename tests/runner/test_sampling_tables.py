@@ -158,7 +158,7 @@ def test_features_that_nobody_uses_allocate_nothing() -> None:
     made.append(np.arange(3), [1, 2, 3])
     assert made._penalties._tokens.size == made._masks._tokens.size == 0
     batch = made._batch_of(np.arange(3))
-    assert (batch.penalties, batch.masks, batch.processors, batch.temperature) == (None, None, [], None)
+    assert (batch.way.penalties, batch.way.masks, batch.processors, batch.way.drawing.temperature) == (None, None, [], None)
 
 
 def test_a_batch_is_worked_out_once() -> None:
@@ -170,7 +170,7 @@ def test_a_batch_is_worked_out_once() -> None:
     assert made._batch_of(np.arange(3)) is first
     assert made._batch_of(np.arange(2)) is not first
     made.admit(2, Row(sampling(), [1], 1).params)
-    assert made._batch_of(rows).plain == [slice(2, 3)]
+    assert made._batch_of(rows).way.drawing.plain == [slice(2, 3)]
 
 
 # ---------------------------------------------------------------- log-probabilities

@@ -7,9 +7,9 @@ from torch import nn
 
 from streamkv.errors import ConfigError
 from streamkv.fused import Activation, Quantization
+from streamkv_backends.cuda.sampling import CudaSampling
 from streamkv_kernels.device import Device
 from streamkv_kernels.rows import RowKernels
-from streamkv_kernels.sampling import SamplingKernels
 
 __all__ = ["CudaOps"]
 
@@ -17,10 +17,15 @@ __all__ = ["CudaOps"]
 class CudaOps:
     """See the module's docstring."""
 
-    def __init__(self, device: Device, dtype: torch.dtype) -> None:
-        """Nothing is compiled yet."""
+    def __init__(self, device: Device, dtype: torch.dtype, *, threads: int = 1024) -> None:
+        """Nothing is compiled yet.
+
+        Args:
+            threads: of a block that samples.
+        """
         self.dtype = dtype
-        self._rows, self._sampling = RowKernels(device, dtype), SamplingKernels(device)
+        self._rows = RowKernels(device, dtype)
+        self.sampling = CudaSampling(device, threads=threads)
 
     def linear(self, linear: nn.Linear, quantization: Quantization | None) -> nn.Module | None:
         """The layer itself: torch's product is the best there is, and saying so lets the runner merge layers of equal input.
@@ -48,4 +53,4 @@ class CudaOps:
 
     def most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[n, vocab_size] -> the first of each row's largest logits; whether all of a row are finite."""
-        return self._sampling.most_probable(logits if logits.stride(-1) == 1 else logits.contiguous())
+        return self.sampling.most_probable(logits)
