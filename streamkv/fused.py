@@ -28,6 +28,9 @@ class FusedOps(Protocol):
     dtype: torch.dtype
     """The only one that they compute in."""
 
+    def of(self, dtype: torch.dtype) -> FusedOps | None:
+        """Those that compute in `dtype`; None = there are none."""
+
     def linear(self, linear: nn.Linear, quantization: Quantization | None) -> nn.Module | None:
         """The layer with its weight laid out for the backend, [..., in] -> [..., out]; None if torch's own is better.
 

@@ -112,7 +112,7 @@ def load_model(
     layers = probe_layers(module, config, target)
     vocab_size = int(module.get_output_embeddings().weight.shape[0])
     count = sum(parameter.numel() for parameter in module.parameters())
-    fused = ops if ops is not None and ops.dtype is torch_dtype else None
+    fused = None if ops is None else ops.of(torch_dtype)
     if quantization is not None and fused is None:
         raise ConfigError(f"quantization {quantization} needs the cpu backend and --dtype bfloat16", param="quantization")
     rewritten = _rewrite(module, weights, fused, quantization)  # last: it takes the plain weights away

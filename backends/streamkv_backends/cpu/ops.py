@@ -35,6 +35,10 @@ class CpuOps:
         self.pool = 0
         """How many pools the backend has allocated; recordings hold addresses of the one of their time."""
 
+    def of(self, dtype: torch.dtype) -> CpuOps | None:
+        """There are no others."""
+        return self if dtype is self.dtype else None
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor for a result."""
         return torch.empty(shape, dtype=dtype) if self._tape is None else self._tape.arena.empty(shape, dtype)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from streamkv.attention import KVSpec, LayerSpec, Limits, StepTensors
 from streamkv.errors import BackendError
 from streamkv_backends.cuda.graphs import SIZES, CudaGraphs, RecordedPass, recorded_size
-from streamkv_backends.cuda.ops import CudaOps
+from streamkv_backends.cuda.ops import DTYPES, CudaOps
 from streamkv_backends.cuda.pool import CudaKVPool
 from streamkv_kernels.attention import AttentionSpec
 from streamkv_kernels.attn_decode import DecodeAttention
@@ -142,8 +142,7 @@ class CudaBackend:
             )
         self._device: Device = kernels or (EmulatedDevice() if emulated else CudaDevice(name))
         self._place = torch.device("cpu" if emulated else name)
-        # A processor multiplies float16 matrices in more builds of torch than bfloat16 ones, a GPU is mostly given bfloat16.
-        self.ops = CudaOps(self._device, torch.float16 if emulated else torch.bfloat16)
+        self.ops = CudaOps(self._device, torch.bfloat16)
         self._graphs = CudaGraphs(self._device)
         self._pool: CudaKVPool | None = None
         self._kinds: dict[AttentionSpec, _Kind] = {}
@@ -155,13 +154,14 @@ class CudaBackend:
     @property
     def limits(self) -> Limits:
         """What the kernels are written for."""
-        return Limits(self._place.type, frozenset({torch.bfloat16, torch.float16}), _HEAD_DIMS, _BLOCK_SIZES)
+        return Limits(self._place.type, DTYPES, _HEAD_DIMS, _BLOCK_SIZES)
 
     def allocate_kv(self, spec: KVSpec) -> CudaKVPool:
         """Allocate the pool, zeroed, and compile what its layers need."""
         refusal = self.limits.refusal(spec)
         if refusal is not None:
             raise BackendError(refusal)
+        self.ops = self.ops.of(spec.dtype) or self.ops
         self._pool, self._loaded = CudaKVPool(spec, self._place, self._device), None
         self._writer = KVWriter(self._device, spec.dtype)
         self._specs = [_attention_spec(layer, spec.dtype) for layer in spec.layers]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import nn
 
@@ -11,7 +13,9 @@ from streamkv_backends.cuda.sampling import CudaSampling
 from streamkv_kernels.device import Device
 from streamkv_kernels.rows import RowKernels
 
-__all__ = ["CudaOps"]
+__all__ = ["DTYPES", "CudaOps"]
+
+DTYPES: Final = frozenset({torch.bfloat16, torch.float16})
 
 
 class CudaOps:
@@ -24,8 +28,15 @@ class CudaOps:
             threads: of a block that samples.
         """
         self.dtype = dtype
+        self._device, self._threads = device, threads
         self._rows = RowKernels(device, dtype)
         self.sampling = CudaSampling(device, threads=threads)
+
+    def of(self, dtype: torch.dtype) -> CudaOps | None:
+        """In each of the two short types."""
+        if dtype is self.dtype:
+            return self
+        return CudaOps(self._device, dtype, threads=self._threads) if dtype in DTYPES else None
 
     def linear(self, linear: nn.Linear, quantization: Quantization | None) -> nn.Module | None:
         """The layer itself: torch's product is the best there is, and saying so lets the runner merge layers of equal input.

@@ -13,9 +13,11 @@ import torch
 
 from streamkv.attention import KVSpec, LayerSpec, StepTensors
 from streamkv.errors import BackendError, ConfigError
+from streamkv.runner.loader import load_model
 from streamkv_backends.contract import Case, cases, check, check_refusals
 from streamkv_backends.cuda.backend import CudaBackend
 from streamkv_kernels.emulated import EmulatedDevice
+from tests.runner.tiny import save_tiny
 
 LIMITS = CudaBackend("emulated").limits
 ALL = cases(LIMITS)
@@ -106,3 +108,11 @@ def test_quantised_weights_are_refused_in_a_sentence(backend: CudaBackend) -> No
 def test_other_devices_are_refused_in_a_sentence(device: str) -> None:
     with pytest.raises(BackendError, match=r"the cuda backend runs on a GPU, not on .*; use --device cuda, or emulated"):
         CudaBackend(device)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fused_functions_are_there_in_both_short_types(backend: CudaBackend, dtype: str, tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path), dtype=dtype, ops=backend.ops)
+    assert "LlamaRMSNorm" not in {type(module).__name__ for module in model.module.modules()}
+    backend.allocate_kv(KVSpec(2, 16, model.dtype, (LAYER,)))
+    assert backend.ops.dtype is model.dtype
