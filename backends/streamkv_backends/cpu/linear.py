@@ -49,7 +49,10 @@ def pack(weight: torch.Tensor, quantization: Quantization | None) -> tuple[torch
 
 
 def _pack_bf16(padded: torch.Tensor) -> tuple[torch.Tensor, None]:
-    return _panels(padded.bfloat16(), 2).contiguous().view(torch.uint8), None
+    tiles = padded.bfloat16().view(len(padded) // _PANEL, 4, 16, padded.shape[1] // _STEP, 16, 2)
+    steps = tiles.permute(0, 3, 1, 4, 2, 5).contiguous()  # [panels, k / 32, 4 tiles, 16 pairs, 16 channels, 2]
+    steps[:, 1::2] = steps[:, 1::2].roll(2, dims=2)
+    return steps.view(torch.uint8), None
 
 
 def _pack_int8(padded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

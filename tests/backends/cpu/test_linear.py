@@ -58,6 +58,17 @@ def test_a_row_depends_on_nothing_but_itself(native: Any, quantization: Any) -> 
     assert not result[0, 20].isfinite().any()
 
 
+@pytest.mark.parametrize("quantization", FORMATS)
+@pytest.mark.parametrize("shape", [(130, 1100), (600, 2816)], ids=str)  # few panels and many; the latter's rows come in blocks
+@torch.inference_mode()
+def test_many_rows_are_as_each_by_itself(native: Any, shape: tuple[int, int], quantization: Any) -> None:
+    packed = NativeLinear(layer(*shape), CpuOps(native), quantization)
+    given = rows(530, shape[1])
+    whole = packed(given)
+    for first, last in ((0, 16), (120, 165), (300, 364), (505, 530)):
+        assert torch.equal(packed(given[:, first:last]), whole[:, first:last]), first
+
+
 @torch.inference_mode()
 def test_rows_with_gaps_between_them(native: Any) -> None:
     packed = NativeLinear(layer(70, 64), CpuOps(native), None)
