@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from pathlib import Path
 from typing import Final
@@ -9,15 +10,20 @@ from typing import Final
 import structlog
 import torch
 
-from streamkv.attention import AttentionBackend, KVSpec, LayerSpec
+from streamkv.attention import AttentionBackend, KVSpec, LayerSpec, Recorder
 from streamkv.errors import ConfigError
 from streamkv.runner.loader import LoadedModel
 from streamkv.runner.model_runner import ModelRunner
 
-__all__ = ["free_memory", "measure_step", "num_blocks_for"]
+__all__ = ["free_memory", "measure_step", "num_blocks_for", "pool_blocks"]
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_LIMITS: Final = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+"""Folder and files of the two versions of control groups; without a limit the first says `max`, the second a huge number."""
 _PROCESS: Final = Path("/proc/self")
+_PER_RECORDING: Final = 32 << 20
+"""Bytes for each size of steps that is recorded: what the driver keeps for a CUDA graph, and its part of the memory that all of
+them share. A guess on the safe side until it has been measured on a GPU; only recordings made ahead count."""
 
 log = structlog.get_logger(__name__)
 
@@ -51,35 +57,66 @@ def num_blocks_for(
                 param="kv_cache_memory",
             )
         return count
-    peak = measure_step(model, backend, block_size=block_size, num_tokens=min(max_num_batched_tokens, max_model_len))
+    num_tokens = min(max_num_batched_tokens, max_model_len)
+    peak = measure_step(model, backend, block_size=block_size, num_tokens=num_tokens, num_seqs=max_num_seqs)
     # Weights that lie in their files are page cache, and so counted as free, but are not to be given away.
     free = free_memory(model.device) - model.mapped_bytes
-    count = int((free - peak) * memory_fraction) // bytes_per_block
+    reserve = _PER_RECORDING * len(backend.recorded_ahead) if isinstance(backend, Recorder) else 0
     # More than all rows at full length would serve as prefix cache only; who wants that says how much.
-    count = min(count, max_num_seqs * longest)
+    count = min(
+        pool_blocks(free=free, peak=peak, reserve=reserve, fraction=memory_fraction, bytes_per_block=bytes_per_block),
+        max_num_seqs * longest,
+    )
     if count < longest:
         raise ConfigError(
             f"the free memory holds {max(count, 0)} KV blocks and one request of {max_model_len} tokens needs {longest}; "
             "lower max_model_len or raise memory_fraction",
             param="max_model_len",
         )
-    log.info("kv_pool_sized", free_bytes=free, step_bytes=peak, num_blocks=count, bytes=count * bytes_per_block)
+    log.info(
+        "kv_pool_sized",
+        free_bytes=free,
+        step_bytes=peak,
+        reserved_bytes=reserve,
+        num_blocks=count,
+        bytes=count * bytes_per_block,
+    )
     return count
 
 
-def measure_step(model: LoadedModel, backend: AttentionBackend, *, block_size: int, num_tokens: int) -> int:
-    """Bytes that the largest step needs beside weights and pool, measured by running it on a pool just large enough."""
+def pool_blocks(*, free: int, peak: int, reserve: int, fraction: float, bytes_per_block: int) -> int:
+    """Blocks in a share of what is left; at least 0.
+
+    Args:
+        free: bytes, with the weights loaded and no pool.
+        peak: bytes that the worst step takes and gives back.
+        reserve: bytes that will be taken later and kept.
+        fraction: share of the rest that the pool may have, 0 to 1.
+    """
+    return max(0, int((free - peak - reserve) * fraction)) // bytes_per_block
+
+
+def measure_step(model: LoadedModel, backend: AttentionBackend, *, block_size: int, num_tokens: int, num_seqs: int) -> int:
+    """Bytes that the worst step needs beside weights and pool, measured by running it on a pool just large enough.
+
+    What it took is given back before it returns, to the device too, so that what is free then is what a pool may have.
+    """
     layers: tuple[LayerSpec, ...] = model.layers
     pool = backend.allocate_kv(KVSpec(-(-num_tokens // block_size), block_size, model.dtype, layers))
-    runner = ModelRunner(model, backend, pool, max_num_seqs=1, max_model_len=num_tokens)
-    if model.device.type == "cuda":
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
-        before = torch.cuda.memory_allocated(model.device)
-        runner.warm_up(num_tokens)
-        return torch.cuda.max_memory_allocated(model.device) - before
-    before = _restart_peak()
+    before = torch.cuda.memory_allocated(model.device) if on_gpu else _restart_peak()
+    runner = ModelRunner(model, backend, pool, max_num_seqs=num_seqs, max_model_len=num_tokens)
     runner.warm_up(num_tokens)
-    return max(0, _peak() - before)
+    runner.warm_up_rows(num_tokens)
+    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else _peak()
+    del runner, pool
+    backend.allocate_kv(KVSpec(1, block_size, model.dtype, layers))  # it keeps the latest one
+    gc.collect()  # a runner and what it recorded hold each other
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return max(0, peak - before)
 
 
 def free_memory(device: torch.device) -> int:
@@ -87,18 +124,19 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     available = _meminfo("MemAvailable")
-    limit = _number(_CGROUP / "memory.max")
-    if limit is not None:
-        # As in MemAvailable, page cache counts as free: reading the weights has filled the group's limit with it.
-        used = (_number(_CGROUP / "memory.current") or 0) - _page_cache()
-        available = min(available, limit - max(used, 0))
+    for folder, most, now in _LIMITS:
+        limit = _number(_CGROUP / folder / most)
+        if limit is not None:
+            # As in MemAvailable, page cache counts as free: reading the weights has filled the group's limit with it.
+            used = (_number(_CGROUP / folder / now) or 0) - _page_cache(_CGROUP / folder)
+            available = min(available, limit - max(used, 0))
     return available
 
 
-def _page_cache() -> int:
+def _page_cache(group: Path) -> int:
     """Bytes of the control group that can be dropped at once."""
     try:
-        lines = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
     counters = dict(line.split() for line in lines if line.count(" ") == 1)

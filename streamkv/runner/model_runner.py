@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +35,14 @@ from streamkv.runner.prompt_reader import HiddenTap, LaunchedPrompts, PromptRead
 from streamkv.runner.recordings import Recordings
 from streamkv.runner.sampling_tables import LaunchedLogprobs, RowSampler
 from streamkv.runner.transfer import HostCopy, upload
+from streamkv.sampling_params import Sampling
 
 __all__ = ["Launched", "ModelRunner", "SkippedStepError"]
+
+_DEAREST: Final = Sampling(
+    max_tokens=1, top_p=0.9, min_p=0.01, typical_p=0.9, repetition_penalty=1.1, presence_penalty=0.1, logprobs=20
+)
+"""Every table and every pass over the vocabulary."""
 
 
 class SkippedStepError(RuntimeError):
@@ -420,3 +427,26 @@ class ModelRunner:
             )
         )
         self._forward(np.zeros(num_tokens, np.int64), positions, positions, np.zeros(num_tokens, np.int64))
+
+    @torch.inference_mode()
+    def warm_up_rows(self, num_tokens: int) -> None:
+        """All rows decode, each behind `num_tokens` tokens, and sample in the dearest way. For a runner that serves nobody."""
+        size, count = self._block_size, len(self._tables)
+        num_tokens = min(num_tokens, self._tables.shape[1] * size, self._pool.spec.num_blocks * size)
+        blocks = np.arange(-(-num_tokens // size), dtype=np.int32)
+        tables = np.stack([np.roll(blocks, row) for row in range(count)])  # as if nobody shared a block
+        last = np.full(count, num_tokens - 1, np.int64)
+        self._context.metadata = self._backend.prepare(
+            StepTensors(
+                query_start=torch.arange(count + 1, dtype=torch.int32),
+                seq_lens=torch.full((count,), num_tokens, dtype=torch.int32),
+                block_tables=torch.from_numpy(tables),
+                slots=torch.from_numpy(tables[:, -1].astype(np.int64) * size + last % size),
+            )
+        )
+        rows, zeros = np.arange(count), np.zeros(count, np.int64)
+        logits = self._ask_model(*self._uploaded(zeros, last, rows, zeros))
+        for row in range(count):
+            self._sampler.admit(row, RowParams(_DEAREST, 0, (0,), 1))
+        chosen, _ = self._sampler.sample(rows, last + 1, logits)
+        self._sampler.launch_logprobs(rows, logits, chosen).read()
