@@ -1,5 +1,7 @@
 # The CPU service. torch from PyPI brings gigabytes of CUDA; give pip an index with CPU builds:
 #   docker build --build-arg PIP_EXTRA_INDEX_URL=<index with CPU builds of torch> -t streamkv:cpu .
+# For a GPU: torch from PyPI, what launches kernels, and the kernels themselves, compiled where there need be no GPU:
+#   docker build --build-arg EXTRAS=gpu --build-arg CUDA_ARCHITECTURES="sm_90" -t streamkv:gpu .
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS dependencies
@@ -7,6 +9,7 @@ FROM ${PYTHON_IMAGE} AS dependencies
 ARG PIP_INDEX_URL=""
 ARG PIP_EXTRA_INDEX_URL=""
 ARG PIP_FIND_LINKS=""
+ARG EXTRAS=""
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 RUN python3 -m venv --without-pip /opt/streamkv
 WORKDIR /src
@@ -16,7 +19,7 @@ COPY backends/hatch_build.py backends/
 RUN touch README.md LICENSE && mkdir -p streamkv backends/streamkv_backends kernels_cuda/streamkv_kernels \
     && printf '__version__ = "0"\n' > streamkv/__init__.py \
     && touch backends/streamkv_backends/__init__.py kernels_cuda/streamkv_kernels/__init__.py \
-    && python3 -m pip --python /opt/streamkv/bin/python install --constraint constraints.txt . \
+    && python3 -m pip --python /opt/streamkv/bin/python install --constraint constraints.txt ".${EXTRAS:+[$EXTRAS]}" \
     && python3 -m pip --python /opt/streamkv/bin/python uninstall --yes streamkv
 # Tests, test programs and C++ headers of libraries: nothing here runs or compiles against them.
 RUN cd /opt/streamkv/lib/python3*/site-packages \
@@ -29,7 +32,10 @@ COPY README.md LICENSE ./
 COPY streamkv streamkv
 COPY backends backends
 COPY kernels_cuda kernels_cuda
-# The kernels for processors, for every instruction set: the service has no compiler, and no folder to write to.
+# The kernels for processors, for every instruction set, and those for GPUs: the service has no compiler, and no folder to write to.
+ARG CUDA_ARCHITECTURES=""
+RUN if [ -n "$CUDA_ARCHITECTURES" ]; then \
+        PYTHONPATH=.:backends:kernels_cuda /opt/streamkv/bin/python -m streamkv_kernels.variants $CUDA_ARCHITECTURES; fi
 RUN STREAMKV_PREBUILD=1 python3 -m pip wheel --no-deps --wheel-dir /wheel .
 
 FROM ${PYTHON_IMAGE}

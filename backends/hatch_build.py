@@ -1,6 +1,8 @@
 """With STREAMKV_PREBUILD=1 the wheel carries the kernels for processors, compiled for every instruction set.
 
-It is then a wheel for this platform; without, it is for any, and the kernels are compiled when they are first used.
+And those for GPUs that `python -m streamkv_kernels.variants` has compiled before: that takes NVRTC and torch, which are not here
+where a wheel is put together. It is then a wheel for this platform; without, it is for any, and kernels are compiled when they
+are first used.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class PrebuildHook(BuildHookInterface):  # type: ignore[type-arg]  # its configu
         sys.path[:0] = [str(root), str(root / "backends")]
         from streamkv_backends.cpu.build import prebuild
 
-        build_data["artifacts"] += [str(path.relative_to(root)) for path in prebuild()]
+        cubins = (root / "kernels_cuda/streamkv_kernels/prebuilt").glob("*.cubin")
+        build_data["artifacts"] += [str(path.relative_to(root)) for path in (*prebuild(), *cubins)]
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -1,6 +1,6 @@
 """Compiles kernels for GPUs, with NVIDIA's own NVRTC and no GPU or driver, and finds them again.
 
-Where a cubin comes from, in this order: `prebuilt/` beside this file (an image can have it), then the user's cache folder
+Where a cubin comes from, in this order: `prebuilt/` beside this file (a wheel can have it), then the user's cache folder
 (`streamkv.code_cache`), then NVRTC, which needs no header and no toolkit: `pip install 'streamkv[gpu]'`. A cubin's name holds a
 digest of its source, the headers, the macros, the architecture and, outside `prebuilt/`, the compiler's version.
 """
@@ -79,15 +79,19 @@ def find_or_build(variant: Variant, architecture: str) -> Path:
 
 
 def prebuild(variants: Iterable[Variant], architectures: Iterable[str] = ARCHITECTURES, folder: Path = _PREBUILT) -> list[Path]:
-    """Compile variants for an image.
+    """Compile variants for a wheel.
 
     Raises:
-        BackendError: there is no compiler, or it refuses a source.
+        BackendError: there is no compiler, it refuses a source, or there are no kernels for an architecture.
     """
+    architectures = list(architectures)
+    for architecture in architectures:
+        if architecture not in ARCHITECTURES:
+            raise BackendError(f"there are no kernels for {architecture!r}, only for {', '.join(ARCHITECTURES)}")
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for architecture in architectures:
-        for variant in variants:
+    for variant in variants:
+        for architecture in architectures:
             path = folder / _file_name(variant, architecture)
             cubin, _ = compile_cubin(variant, architecture)
             write_whole(path, partial(Path.write_bytes, data=cubin))

@@ -14,13 +14,13 @@ from streamkv_kernels.emulated import EmulatedDevice
 @pytest.fixture(scope="session")
 def plain(libraries: Path) -> EmulatedDevice:
     """Fast, for wide tables of numbers."""
-    return EmulatedDevice(cache=libraries)
+    return EmulatedDevice(cache=libraries, optimize=1)
 
 
 @pytest.fixture(scope="session")
 def checked(libraries: Path) -> EmulatedDevice:
     """Looks at every load and store."""
-    return EmulatedDevice(cache=libraries, checked=True)
+    return EmulatedDevice(cache=libraries, checked=True, optimize=1)
 
 
 @pytest.fixture(scope="package", autouse=True)

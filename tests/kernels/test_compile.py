@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import types
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from streamkv.errors import BackendError
 from streamkv_kernels import compile as compile_module
 from streamkv_kernels.compile import ARCHITECTURES, architecture_for, compile_cubin, find_or_build, prebuild
 from streamkv_kernels.cuda_device import CudaDevice
-from streamkv_kernels.device import Variant
+from streamkv_kernels.device import SOURCES, Variant
 
 GATE = Variant("activation", (("IO", "bf16"), ("GELU", 0)))
 
@@ -66,6 +69,51 @@ def test_prebuilt_ones_need_neither_compiler_nor_cache(cache: Path, tmp_path: Pa
     monkeypatch.setattr(compile_module, "_core", lambda: pytest.fail("the compiler is asked for"))
     assert find_or_build(GATE, "sm_86") == made
     assert not cache.exists()
+
+
+def _wheel(tree: Path, out: Path, **environment: str) -> zipfile.ZipFile:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    subprocess.run(command, cwd=tree, env={**os.environ, **environment}, check=True, capture_output=True, timeout=60)
+    (wheel,) = out.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_a_wheel_has_what_was_prebuilt_and_its_kernels_are_found(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree like the repository's, but that nothing is compiled for processors."""
+    root, tree = Path(__file__).parents[2], tmp_path / "tree"
+    if not (root / "backends" / "hatch_build.py").exists():
+        pytest.skip("the sources are not there beside an installed wheel")
+    prebuilt = tree / "kernels_cuda" / "streamkv_kernels" / "prebuilt"
+    shutil.copytree(SOURCES, prebuilt.parent, ignore=shutil.ignore_patterns("prebuilt", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore", "backends/hatch_build.py", "streamkv/__init__.py"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tree / name)
+    processors = tree / "backends" / "streamkv_backends" / "cpu"
+    processors.mkdir(parents=True)
+    for name, text in (("__init__.py", ""), ("../__init__.py", ""), ("build.py", "def prebuild():\n    return []\n")):
+        (processors / name).write_text(text)
+    variants = [GATE, Variant("norm", (("IO", "f16"), ("ROW_THREADS", 32)))]
+    made = {path.name: path.read_bytes() for path in prebuild(variants, ["sm_86", "sm_90"], prebuilt)}
+    assert len(made) == 4
+
+    without = _wheel(tree, tmp_path / "without", STREAMKV_PREBUILD="").namelist()
+    assert "streamkv_kernels/norm.cu" in without
+    assert not [name for name in without if name.endswith(".cubin")]
+
+    _wheel(tree, tmp_path / "with", STREAMKV_PREBUILD="1").extractall(tmp_path / "installed")
+    monkeypatch.setattr(compile_module, "_PREBUILT", tmp_path / "installed" / "streamkv_kernels" / "prebuilt")
+    monkeypatch.setattr(compile_module, "_core", lambda: pytest.fail("the compiler is asked for"))
+    found = [find_or_build(variant, architecture) for variant in variants for architecture in ("sm_86", "sm_90")]
+    assert {path.name: path.read_bytes() for path in found} == made
+    assert not cache.exists()
+
+
+def test_kernels_are_prebuilt_for_known_architectures_only(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="there are no kernels for 'sm_70', only for sm_80, "):
+        prebuild([GATE], ["sm_80", "sm_70"], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_that_does_not_compile_is_one_sentence() -> None:
