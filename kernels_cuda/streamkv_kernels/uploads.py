@@ -14,7 +14,7 @@ def upload(target: torch.Tensor, numbers: torch.Tensor) -> None:
 
     A GPU copies from pinned memory, which torch lends for the copy and does not lend again before it is done.
     """
-    if target.is_cuda:
+    if target.is_cuda and numbers.numel():
         numbers = numbers.pin_memory()
     target.copy_(numbers, non_blocking=True)
 
