@@ -9,11 +9,14 @@ import torch
 
 from streamkv.attention import KVSpec, LayerSpec
 from streamkv.backend_registry import load_backend
+from streamkv.core.step import Step
 from streamkv.engine.api import EngineRequest, EngineStats
 from streamkv.engine.build import build_engine
 from streamkv.engine.config import EngineConfig
 from streamkv.errors import BackendError, ConfigError
 from streamkv.runner.host_blocks import HostBlocks
+from streamkv.runner.loader import load_model
+from streamkv.runner.model_runner import ModelRunner, SkippedStepError
 from streamkv.sampling_params import Sampling
 from streamkv_backends.torch_backend import TorchBackend
 from tests.engine.driving import Collected, Reader, run_all
@@ -119,6 +122,50 @@ def test_slots_hold_what_the_blocks_held_in_whatever_order() -> None:
     after = pool.read([1, 3, 4, 5])
     assert torch.equal(after, before[[7, 0, 6, 2]])
     assert not pool.read([0, 2, 6, 7]).any(), "a block that nobody named was written"
+
+
+def test_failed_and_skipped_steps_move_blocks_too_in_the_order_that_a_step_says(model: Path) -> None:
+    loaded, backend = load_model(model), TorchBackend()
+    pool = backend.allocate_kv(KVSpec(8, 16, loaded.dtype, loaded.layers))
+    for block in range(8):
+        pool.fill([block], block + 1.0)
+    before = pool.read(list(range(8)))
+
+    def broken() -> None:
+        raise RuntimeError("no pass today")
+
+    host = HostBlocks(pool, 2 * BLOCK_BYTES)
+    runner = ModelRunner(loaded, backend, pool, max_num_seqs=1, max_model_len=64, host=host, on_pass=broken, late=False)
+    row = {"rows": [0], "starts": [0], "counts": [1], "samples": [0], "tokens": [5]}
+    out = Step(0, 0.0, **row, tables=[(0, 0, (7,))], swap_out=[(2, 0), (3, 1)], clears=[2], copies=[(4, 3)])
+    with pytest.raises(RuntimeError, match="no pass today"):
+        runner.run(out, {})
+    with pytest.raises(SkippedStepError):
+        runner.run(Step(1, 0.0, **row, copies=[(5, 6)], swap_in=[(5, 0), (1, 1)]), {})
+    expected = {1: before[3], 2: torch.zeros_like(before[2]), 3: before[4], 5: before[2], 6: before[5]}
+    for block, content in expected.items():
+        assert torch.equal(pool.read([block])[0], content), f"block {block}"
+
+
+def test_a_move_that_fails_for_want_of_memory_is_made_before_the_next_step(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, backend = load_model(model), TorchBackend()
+    pool = backend.allocate_kv(KVSpec(8, 16, loaded.dtype, loaded.layers))
+    pool.fill([2], 3.0)
+    before = pool.read([2])
+    runner = ModelRunner(loaded, backend, pool, max_num_seqs=1, max_model_len=64, host=HostBlocks(pool, 2 * BLOCK_BYTES))
+    row = {"rows": [0], "starts": [0], "counts": [1], "samples": [0], "tokens": [5], "tables": [(0, 0, (7,))]}
+
+    def full(_block_ids: list[int]) -> torch.Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool, "read", full)
+        with pytest.raises(MemoryError):
+            runner.run(Step(0, 0.0, **row, swap_out=[(2, 0)], clears=[2]), {})
+    runner.resume()
+    runner.run(Step(1, 0.0, **row, swap_in=[(5, 0)]), {})
+    assert torch.equal(pool.read([5]), before)
+    assert not pool.read([2]).any()
 
 
 def test_more_memory_than_there_is_is_refused_in_one_sentence() -> None:
