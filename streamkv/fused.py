@@ -68,7 +68,7 @@ class LogitChanges:
     large for an id of the model is nowhere.
 
     Attributes:
-        penalties: float32 [rows, 3], repetition, presence and frequency penalty; (1, 0, 0) for rows without.
+        penalties: float32 [rows, 3], repetition, presence and frequency penalty; any numbers for rows that have seen nothing.
         seen: starts, ids and int32 counts in the output of the tokens that penalties look at; a row has no token twice.
         bias: starts, ids and float32 values; a row has no token twice.
         allowed: int32 [rows, at least ceil(vocab_size / 32)], bit t % 32 of word t / 32: whether token t may be.

@@ -16,6 +16,7 @@ import torch
 from streamkv.runner.hook import Probe
 from streamkv.runner.params import RowParams
 from streamkv.runner.sampling_logprobs import PositionLogprobs, launch_logprobs
+from streamkv.runner.transfer import upload
 from streamkv.sampling_params import PromptLogprobs
 
 __all__ = ["HiddenTap", "LaunchedPrompts", "PromptReader", "Range"]
@@ -93,7 +94,7 @@ class PromptReader:
         for part in found:
             params = self._scored[part.row]
             length = part.end - part.start
-            tokens = torch.tensor(params.tokens[part.start + 1 : part.end + 1], dtype=torch.long, device=logits.device)
+            (tokens,) = upload([np.array(params.tokens[part.start + 1 : part.end + 1], np.int64)], logits.device)
             told = launch_logprobs(logits[at : at + length], tokens, params.prompt_logprobs or 0)
             parts.append((part.entry, part.start + 1, told))
             at += length

@@ -71,16 +71,19 @@ class FusedChanges:
             fixed["banned"] = tuple(upload(self._joined(masks.bad), self._device))
         return fixed
 
-    def now(self, positions: _Ints) -> LogitChanges:
-        """Those of a step that samples tokens at these positions."""
-        changes, masks = self._fixed, self._of_masks
-        if changes.penalties is not None:
-            starts, ids, counts = upload(self._penalties.seen(self._rows), self._device)
-            changes = replace(changes, seen=(starts, ids, counts))
-        if masks is not None and (more := self._masks.for_now(masks, positions)):
-            starts, ids = upload(self._joined(masks.bad, *more), self._device)
-            changes = replace(changes, banned=(starts, ids))
-        return changes
+    def now(self, positions: _Ints) -> tuple[LogitChanges, torch.Tensor]:
+        """Those of a step that samples tokens at these positions, and the positions, all in one copy to the device."""
+        seen = self._penalties.seen(self._rows) if self._fixed.penalties is not None else ()
+        masks = self._of_masks
+        more = self._masks.for_now(masks, positions) if masks is not None else []
+        banned = self._joined(masks.bad, *more) if masks is not None and more else ()
+        where, *rest = upload([positions, *seen, *banned], self._device)
+        changes = self._fixed
+        if seen:
+            changes = replace(changes, seen=(rest[0], rest[1], rest[2]))
+        if banned:
+            changes = replace(changes, banned=(rest[-2], rest[-1]))
+        return changes, where
 
     def _joined(self, *lists: Listed) -> tuple[_Ints, npt.NDArray[np.int32]]:
         """Where each row begins, [num_rows + 1], and the ids."""

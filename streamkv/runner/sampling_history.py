@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,6 @@ from streamkv.runner.transfer import upload
 from streamkv.sampling_params import Sampling
 
 __all__ = ["PenaltyBatch", "PenaltyTables", "penalise"]
-
-_NEUTRAL: Final = np.array([1, 0, 0], np.float32)  # repetition, presence and frequency
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +50,7 @@ class PenaltyTables:
     def admit(self, row: int, sampling: Sampling, tokens: Sequence[int], num_prompt: int) -> None:
         """A request takes over a row; `tokens` are prompt and output so far, a fork's output begins where its family's did."""
         factors = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-        self._used[row] = factors != tuple(_NEUTRAL.tolist())
+        self._used[row] = factors != (1.0, 0.0, 0.0)
         if not self._used[row]:
             return
         if not self._tokens.size:
@@ -90,9 +87,8 @@ class PenaltyTables:
         return np.where(own, self._tokens[rows, :width], self._nowhere), np.where(own, self._counts[rows, :width], 0)
 
     def factors(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32] | None:
-        """Repetition, presence and frequency of each row, [num_rows, 3]; None if none of them has penalties."""
-        used = self._used[rows]
-        return np.where(used[:, None], self._factors[rows], _NEUTRAL) if used.any() else None
+        """Penalties of each row, [num_rows, 3], any numbers where nothing is `seen`; None if no row has some."""
+        return self._factors[rows] if self._used[rows].any() else None
 
     def seen(self, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """The lists of the rows that have penalties, one after the other: where each row begins, [num_rows + 1], ids, counts."""

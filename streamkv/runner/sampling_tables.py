@@ -224,14 +224,13 @@ class RowSampler:
         batch = self._batch_of(rows)
         if self._ops is not None and logits.dtype is self._ops.dtype and batch.plain:
             return self._ops.most_probable(logits)
-        (where,) = upload([positions], self._device)
         if isinstance(batch.way, _TorchBatch):
-            return self._by_torch(batch, batch.way, positions, where, logits)
+            return self._by_torch(batch, batch.way, positions, logits)
         assert self._sampling is not None
-        return self._by_backend(batch, batch.way, self._sampling, positions, where, logits)
+        return self._by_backend(batch, batch.way, self._sampling, positions, logits)
 
     def _by_torch(
-        self, batch: _Batch, way: _TorchBatch, positions: _Ints, where: torch.Tensor, logits: torch.Tensor
+        self, batch: _Batch, way: _TorchBatch, positions: _Ints, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         finite = _all_finite(logits)
         work = self._copy(logits)
@@ -242,16 +241,19 @@ class RowSampler:
         if way.masks is not None and way.places is not None:
             self._masks.apply(way.masks, way.places, work, positions)
         self._process(batch, work[:, : self._vocab_size])
+        (where,) = upload([positions], self._device)
         return way.drawing.tokens(work, where, best).clamp_(0, self._vocab_size - 1), finite
 
     def _by_backend(
-        self, batch: _Batch, way: _FusedBatch, ops: SamplingOps, positions: _Ints, where: torch.Tensor, logits: torch.Tensor
+        self, batch: _Batch, way: _FusedBatch, ops: SamplingOps, positions: _Ints, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         best: torch.Tensor | None = None
         if way.changes is None:
             finite = _all_finite(logits)
+            (where,) = upload([positions], self._device)
         else:
-            logits, best, finite = ops.change(logits, way.changes.now(positions))
+            changes, where = way.changes.now(positions)
+            logits, best, finite = ops.change(logits, changes)
             self._process(batch, logits)
         tokens = ops.sample(logits, *way.parameters, where, best)
         if way.rest is not None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.runner.no_sync import NoSync, WouldWaitError, decide_as_on_a_gpu
 from tests.runner.sampling_oracle import Row, positions, random_logits, rows_of, sampling, tables
+from tests.runner.test_sampling_tables import Counting, with_processor
 
 WAITING: dict[str, Callable[[torch.Tensor], object]] = {
     "item": lambda x: x.sum().item(),
@@ -171,3 +172,12 @@ def test_rows_that_need_no_history_are_sampled_alike_without_it(data: st.DataObj
     made.append(batch, data.draw(st.lists(st.integers(0, 39), min_size=len(rows), max_size=len(rows))))
     after, _ = made.sample(batch, positions(rows) + 1, logits)
     assert before[free].tolist() == after[free].tolist()
+
+
+def test_processors_need_the_history() -> None:
+    row = with_processor(Row(sampling(), [1], 1), True)
+    made = tables([row, Row(sampling(), [1], 1)], 40, processors={"counting": Counting()})
+    assert made.needs_history(np.array([1, 0]))
+    assert not made.needs_history(np.array([1]))
+    made.admit(0, Row(sampling(), [1], 1).params)
+    assert not made.needs_history(np.array([0, 1]))

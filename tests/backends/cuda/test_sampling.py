@@ -108,6 +108,8 @@ def test_endings_may_come_once_min_tokens_are_there(ops: CudaOps) -> None:
     logits[:, 3] = 5.0
     rows = [Row(sampling(temperature=0.0, **asked), [1, 2], 2) for asked in ({"min_tokens": 2, "stop_token_ids": (7,)}, {})]
     assert same_tokens(ops, rows, [logits] * 4) == [[3, 7], [3, 7], [7, 7], [7, 7]]
+    rows = [Row(sampling(temperature=0.0, min_tokens=least, stop_token_ids=(7,)), [1, 2], 2) for least in (1, 3)]
+    assert same_tokens(ops, rows, [logits] * 4) == [[3, 3], [7, 3], [7, 3], [7, 7]]
     rows[0] = Row(sampling(temperature=0.0, min_tokens=2, stop_token_ids=(7,), bad_words=((3,),)), [1, 2], 2)
     assert [tokens[0] for tokens in same_tokens(ops, rows, [logits] * 4)] == [0, 0, 7, 7]
 
@@ -120,8 +122,23 @@ def test_logits_of_any_layout_and_dtype(ops: CudaOps) -> None:
     assert same_tokens(ops, rows, [logits.double()]) == tokens
 
 
-def test_the_parameters_of_a_batch_go_up_once(ops: CudaOps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Afterwards only positions do, for rows that need no more."""
+PLAIN = [{"top_k": 3}, {"bad_words": ((4,),), "logit_bias": ((3, 1.0),)}, {"allowed_token_ids": (3, 4)}, {"typical_p": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("asked", "arrays"),
+    [
+        (PLAIN, 1),
+        ([{"top_k": 3}, {"temperature": 0.0}], 1),
+        ([*PLAIN, {"frequency_penalty": 0.5}], 4),
+        ([*PLAIN, {"min_tokens": 99, "stop_token_ids": (5,)}], 3),
+        ([{"min_tokens": 99, "stop_token_ids": (5,), "presence_penalty": 0.5}], 6),
+    ],
+)
+def test_the_parameters_of_a_batch_go_up_once(
+    ops: CudaOps, monkeypatch: pytest.MonkeyPatch, asked: list[dict[str, Any]], arrays: int
+) -> None:
+    """Afterwards only positions do, and what they and the history change, in one copy."""
     sent: list[int] = []
 
     def counted(arrays: Any, device: torch.device) -> list[torch.Tensor]:
@@ -130,14 +147,24 @@ def test_the_parameters_of_a_batch_go_up_once(ops: CudaOps, monkeypatch: pytest.
 
     for module in ("sampling_tables", "sampling_fused"):
         monkeypatch.setattr(f"streamkv.runner.{module}.upload", counted)
-    asked = [{"top_k": 3}, {"bad_words": ((4,),), "logit_bias": ((3, 1.0),)}, {"allowed_token_ids": (3, 4)}, {"typical_p": 0.5}]
     rows = [Row(sampling(**each), [1], 1) for each in asked]
-    made, batch = tables(rows, 90, ops=ops), np.arange(4)
+    made, batch = tables(rows, 90, ops=ops), np.arange(len(rows))
     for step in range(4):
-        made.sample(batch, positions(rows) + step, random_logits(step, 4, 90))
-        if step:
-            assert sent == [1]
+        made.sample(batch, positions(rows) + step, random_logits(step, len(rows), 90))
+        assert step == 0 or sent == [arrays]
         sent.clear()
+
+
+def test_a_row_is_free_of_what_the_request_before_it_asked_for(ops: CudaOps) -> None:
+    made, logits = tables([Row(sampling(repetition_penalty=2.0, seed=9), [1, 2, 3], 3)] * 2, 90, ops=ops), torch.zeros(2, 90)
+    made.sample(np.arange(2), np.array([3, 3]), logits)
+    logits[:, 3] = 5.0
+    logits[:, 4] = 4.0
+    greedy = Row(sampling(temperature=0.0), [1, 2, 3], 3)
+    made.admit(0, greedy.params)
+    made.admit(1, Row(sampling(temperature=0.0, repetition_penalty=2.0), [1, 2, 3], 3).params)
+    tokens, _ = made.sample(np.arange(2), np.array([3, 3]), logits)
+    assert tokens.tolist() == [3, 4]
 
 
 # -- log-probabilities -----------------------------------------------------------------------------------------------------------
