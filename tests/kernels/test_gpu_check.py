@@ -34,7 +34,8 @@ TIMES = (
 
 
 @pytest.fixture
-def machine(libraries: Path) -> Machine:
+def machine(libraries: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    monkeypatch.setenv("STREAMKV_CACHE", str(libraries))
     return Machine(EmulatedDevice(cache=libraries, optimize=1), torch.device("cpu"), tiny=True)
 
 
@@ -46,7 +47,8 @@ def test_every_stage_runs_without_a_gpu(machine: Machine, stage: Stage) -> None:
     assert all(row[name] is None for row in rows for name in TIMES if name in row)
 
 
-def test_the_step_for_tools_runs_without_a_gpu() -> None:
+def test_the_step_for_tools_runs_without_a_gpu(libraries: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMKV_CACHE", str(libraries))
     assert one_step.main(["--device", "emulated"]) == 0
 
 
