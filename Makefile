@@ -52,7 +52,7 @@ kernels-resources: install  ## compile every CUDA kernel for every GPU; writes k
 contract-cuda: install  ## the whole backend contract over CUDA kernels in the emulator
 	@$(BIN)/python -m streamkv_backends.contract cuda --device emulated $(ARGS)
 
-cpu-sanitize: install  ## the cpu backend's tests over kernels that g++ checks for memory and undefined behaviour
+cpu-sanitize: install  ## the cpu backend's tests over kernels that g++ checks for memory, undefined behaviour and races
 	@$(BIN)/python -m tests.backends.cpu.sanitize
 
 bench: install  ## the short benchmarks; docs/benchmarks.md lists all
