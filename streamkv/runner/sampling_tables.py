@@ -232,8 +232,8 @@ class RowSampler:
     def _by_torch(
         self, batch: _Batch, way: _TorchBatch, positions: _Ints, logits: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        finite = _all_finite(logits)
         work = self._copy(logits)
+        finite = _all_finite(work[:, : self._vocab_size])
         chunked = work.view(len(logits), -1, CHUNK)
         best = most_probable(chunked, chunked.amax(dim=-1)) if way.may_be_empty else None
         if way.penalties is not None:
