@@ -179,13 +179,24 @@ void mma(bool is_bf16, float* d, const u32* a, u32 b0, u32 b1) {
   });
 }
 
+// 16 bytes of shared memory, aligned to that.
+static void must_be_shared(const char* op, const void* where, const void* pointer) {
+  if ((uintptr_t)pointer % 16) fail_at(where, nullptr, "misaligned address of %s", op);
+  if ((uintptr_t)pointer - (uintptr_t)M->shared + 16 > M->launch.shared_bytes) fail_at(where, nullptr, "%s outside of the %u bytes of shared memory", op, M->launch.shared_bytes);
+}
+
+static void access_aligned(const char* op, const void* where, const void* pointer, size_t bytes, Access access) {
+  enter(op, where);
+  if ((uintptr_t)pointer % bytes) fail_at(where, nullptr, "misaligned %s of %zu bytes", access == READS ? "read" : "write", bytes);
+  if (EMU_CHECKED) touch(where, pointer, bytes, access);
+}
+
 void ldmatrix(const char* op, u32* result, const void* row, bool transposed) {
   const void* const where = EMU_CALLER;
   struct Operands { u32* result; const u16* row; bool transposed; } mine{result, static_cast<const u16*>(row), transposed};
   enter(op, where);
-  if ((uintptr_t)row % 16) fail_at(where, nullptr, "misaligned row address of %s", op);
-  if ((uintptr_t)row - (uintptr_t)M->shared + 16 > M->launch.shared_bytes) fail_at(where, nullptr, "%s reads outside of the %u bytes of shared memory", op, M->launch.shared_bytes);
-  if (EMU_CHECKED) touch(where, row, 16, false);
+  must_be_shared(op, where, row);
+  if (EMU_CHECKED) touch(where, row, 16, READS);
   collective(op, &mine, false, [](Lane* lanes) {
     M->counters.ldmatrix++;
     auto of = [&](int lane) { return static_cast<Operands*>(lanes[lane].operands); };
@@ -206,11 +217,11 @@ void copy(void* shared, const void* global, bool filled) {
   const char* const where = static_cast<const char*>(EMU_CALLER);
   Lane& lane = enter("cp_async16", where);
   unsigned char* const target = static_cast<unsigned char*>(shared);
-  if (((uintptr_t)shared | (uintptr_t)global) % 16) fail_at(where, nullptr, "misaligned address of cp_async16");
-  if ((uintptr_t)target - (uintptr_t)M->shared + 16 > M->launch.shared_bytes) fail_at(where, nullptr, "cp_async16 writes outside of the %u bytes of shared memory", M->launch.shared_bytes);
+  if ((uintptr_t)global % 16) fail_at(where, nullptr, "misaligned address of cp_async16");
+  must_be_shared("cp_async16", where, target);
   M->counters.copies++;
-  if (EMU_CHECKED && filled) touch(where + 1, global, 16, false);   // a place of its own in the record
-  if (EMU_CHECKED) touch(where, target, 16, true);
+  if (EMU_CHECKED && filled) touch(where + 1, global, 16, READS);   // a place of its own in the record
+  if (EMU_CHECKED) touch(where, target, 16, WRITES);
   const Copy copy{target, global, filled};
   if (M->launch.early_copies) return finish_copy(lane, copy);
   memset(target, 0xff, 16);
@@ -233,24 +244,15 @@ void wait_for_copies(int most) {
 }
 
 void load16(void* to, const void* pointer) {
-  const void* const where = EMU_CALLER;
-  enter("load16", where);
-  if ((uintptr_t)pointer % 16) fail_at(where, nullptr, "misaligned read of 16 bytes");
-  if (EMU_CHECKED) touch(where, pointer, 16, false);
+  access_aligned("load16", EMU_CALLER, pointer, 16, READS);
   memcpy(to, pointer, 16);
 }
 void store16(void* pointer, const void* from) {
-  const void* const where = EMU_CALLER;
-  enter("store16", where);
-  if ((uintptr_t)pointer % 16) fail_at(where, nullptr, "misaligned write of 16 bytes");
-  if (EMU_CHECKED) touch(where, pointer, 16, true);
+  access_aligned("store16", EMU_CALLER, pointer, 16, WRITES);
   memcpy(pointer, from, 16);
 }
 void atomic_add(u64* pointer, u64 value) {
-  const void* const where = EMU_CALLER;
-  enter("atomic_add", where);
-  if ((uintptr_t)pointer % sizeof value) fail_at(where, nullptr, "misaligned atomic_add");
-  if (EMU_CHECKED) touch_atomically(where, pointer, sizeof value);
+  access_aligned("atomic_add", EMU_CALLER, pointer, sizeof value, ADDS);
   *pointer += value;
 }
 void count_exponential() { M->counters.exponentials++; }
@@ -278,15 +280,15 @@ extern "C" __attribute__((visibility("default"))) u64 emu_base() {
 // ---------------------------------------------------------------- hooks of the checked build
 
 #if EMU_CHECKED
-#define EMU_HOOK(name, bytes, writes) \
-  extern "C" void name(void* pointer) { if (emu::M) emu::touch(EMU_CALLER, pointer, bytes, writes); }
+#define EMU_HOOK(name, bytes, access) \
+  extern "C" void name(void* pointer) { if (emu::M) emu::touch(EMU_CALLER, pointer, bytes, emu::access); }
 #define EMU_HOOKS(n) \
-  EMU_HOOK(__tsan_read##n, n, false) EMU_HOOK(__tsan_write##n, n, true) \
-  EMU_HOOK(__tsan_unaligned_read##n, n, false) EMU_HOOK(__tsan_unaligned_write##n, n, true)
+  EMU_HOOK(__tsan_read##n, n, READS) EMU_HOOK(__tsan_write##n, n, WRITES) \
+  EMU_HOOK(__tsan_unaligned_read##n, n, READS) EMU_HOOK(__tsan_unaligned_write##n, n, WRITES)
 EMU_HOOKS(1) EMU_HOOKS(2) EMU_HOOKS(4) EMU_HOOKS(8) EMU_HOOKS(16)
 extern "C" {
-void __tsan_read_range(void* pointer, unsigned long bytes) { if (emu::M) emu::touch(EMU_CALLER, pointer, bytes, false); }
-void __tsan_write_range(void* pointer, unsigned long bytes) { if (emu::M) emu::touch(EMU_CALLER, pointer, bytes, true); }
+void __tsan_read_range(void* pointer, unsigned long bytes) { if (emu::M) emu::touch(EMU_CALLER, pointer, bytes, emu::READS); }
+void __tsan_write_range(void* pointer, unsigned long bytes) { if (emu::M) emu::touch(EMU_CALLER, pointer, bytes, emu::WRITES); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

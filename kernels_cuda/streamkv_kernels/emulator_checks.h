@@ -26,19 +26,23 @@ void note_reader(Touch& read, const Touch& now) {
   else if (read.thread != now.thread) read.who = OF_A_WARP;
 }
 
-void touch_shared(const void* where, size_t first, size_t bytes, bool writes) {
-  const char* verb = writes ? "writes" : "reads";
-  const Touch now{M->current, M->warps[M->current / 32].epoch, M->block_epoch, ONE, where};
-  if (writes && bytes == 1) fail_at(where, nullptr, "it writes a single byte of shared memory, which is watched in pairs");
+// ADDS, atomically, needs no order among its like, but a barrier between it and everything else.
+enum Access { READS, WRITES, ADDS };
+
+void touch_shared(const void* where, size_t first, size_t bytes, Access access) {
+  const char* verb = access == READS ? "reads" : access == WRITES ? "writes" : "atomically changes";
+  const Touch now{M->current, M->warps[M->current / 32].epoch, M->block_epoch, access == ADDS ? ANYBODY : ONE, where};
+  if (access != READS && bytes == 1) fail_at(where, nullptr, "it writes a single byte of shared memory, which is watched in pairs");
   for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
     Shadow& s = M->shadow[i];
     if (s.copying != NOBODY) fail_at(where, s.write.where, "race: it %s shared byte %zu while a cp.async of thread %d is in flight to it", verb, 2 * i, s.copying);
-    if (!ordered(s.write)) fail_at(where, s.write.where, "race: it %s shared byte %zu, which thread %d wrote without a barrier since", verb, 2 * i, s.write.thread);
-    if (!writes) {
+    const bool both_add = access == ADDS && s.write.who == ANYBODY;
+    if (!both_add && !ordered(s.write)) fail_at(where, s.write.where, "race: it %s shared byte %zu, which thread %d wrote without a barrier since", verb, 2 * i, s.write.thread);
+    if (access == READS) {
       note_reader(s.read, now);
       continue;
     }
-    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it writes shared byte %zu, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
+    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it %s shared byte %zu, which was read (thread %d) without a barrier since", verb, 2 * i, s.read.thread);
     s.write = now, s.read = Touch{};
   }
 }
@@ -88,35 +92,23 @@ void record(const void* where, uintptr_t address, unsigned bytes, bool shared) {
   }
 }
 
-void touch(const void* where, const void* pointer, size_t bytes, bool writes) {
+void touch(const void* where, const void* pointer, size_t bytes, Access access) {
   if (!(++M->ticks & 0xfffff)) check_time(where);
   const uintptr_t address = (uintptr_t)pointer, shared = (uintptr_t)M->shared;
-  const char* verb = writes ? "write" : "read";
+  const char* verb = access == READS ? "read" : "write";
   if (address - (uintptr_t)M->stacks < STACK * M->num_threads) return;
   if ((bytes & (bytes - 1)) == 0 && address % std::min(bytes, size_t(16))) fail_at(where, nullptr, "misaligned %s of %zu bytes", verb, bytes);
   const bool is_shared = address - shared < MOST_SHARED;
   if (M->launch.record_traffic) record(where, address, (unsigned)bytes, is_shared);
   if (is_shared) {
     if (address + bytes > shared + M->launch.shared_bytes) fail_at(where, nullptr, "%s of %zu bytes past the %u bytes of shared memory", verb, bytes, M->launch.shared_bytes);
-    touch_shared(where, address - shared, bytes, writes);
+    touch_shared(where, address - shared, bytes, access);
     return;
   }
   for (u64 i = 0; i < M->launch.num_extents; i++)
     if (address >= M->launch.extents[i].begin && address + bytes <= M->launch.extents[i].end) return;
-  if (!writes && address >= (uintptr_t)__ehdr_start && address + bytes <= (uintptr_t)_end) return;   // a table of the kernel's own
+  if (access == READS && address >= (uintptr_t)__ehdr_start && address + bytes <= (uintptr_t)_end) return;   // a table of the kernel's own
   fail_at(where, nullptr, "%s of %zu bytes that belong to none of its tensors", verb, bytes);
-}
-
-// Atomic operations need no order among themselves, but a barrier between them and everything else.
-void touch_atomically(const void* where, const void* pointer, size_t bytes) {
-  const uintptr_t first = (uintptr_t)pointer - (uintptr_t)M->shared;
-  if (first >= M->launch.shared_bytes) return touch(where, pointer, bytes, true);
-  for (size_t i = first / 2; i <= (first + bytes - 1) / 2; i++) {
-    Shadow& s = M->shadow[i];
-    if (s.write.who != ANYBODY && !ordered(s.write)) fail_at(where, s.write.where, "race: it changes shared byte %zu atomically, which thread %d wrote without a barrier since", 2 * i, s.write.thread);
-    if (!ordered(s.read)) fail_at(where, s.read.where, "race: it changes shared byte %zu atomically, which was read (thread %d) without a barrier since", 2 * i, s.read.thread);
-    s.write = {M->current, 0, M->block_epoch, ANYBODY, where}, s.read = Touch{};
-  }
 }
 
 void set_copying(const unsigned char* shared, int thread) {
@@ -126,7 +118,7 @@ void set_copying(const unsigned char* shared, int thread) {
 void finish_copy(const Lane& lane, const Copy& copy) {
   if (EMU_CHECKED) {
     set_copying(copy.shared, NOBODY);
-    touch_shared(lane.where, copy.shared - M->shared, 16, true);
+    touch_shared(lane.where, copy.shared - M->shared, 16, WRITES);
   }
   if (copy.filled) memcpy(copy.shared, copy.global, 16);
   else memset(copy.shared, 0, 16);

@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 import torch
 
-from streamkv_kernels.attn_decode import DecodeAttention
 from streamkv_kernels.emulated import EmulatedDevice, Schedule
 from tests.kernels.paged import Paged, spec_of, torch_states
 from tests.kernels.planted import Planted
+from tests.kernels.ways import decode
 
 __all__ = ["PLANTED", "check"]
 
@@ -35,15 +35,9 @@ def check(device: EmulatedDevice) -> None:
         begins = BEGINS if window is None else np.zeros_like(BEGINS)
         prefix = torch_states(batch, begins)
         for schedule in (Schedule(), Schedule("newest", early_copies=True)):
-            scheduled = replace(device, schedule=schedule)
-            decode, out = DecodeAttention(scheduled, batch.spec, len(LENGTHS)), batch.out()
-            decode.load(decode.plan(batch.query_start, batch.seq_lens, begins=begins))
-            bound = decode.bind(batch.query, batch.cache, batch.block_tables, out, sinks=sinks, prefix=prefix)
-            bound.attend.launch()
-            turns, loads = (scheduled.counters[name] for name in ("ldmatrix_wavefronts", "ldmatrix"))
-            assert turns == 4 * loads, f"{turns} turns of banks for {loads} ldmatrix"
-            bound.merge.launch()
-            error = batch.judge(out, sinks)
+            error = batch.judge(
+                decode(replace(device, schedule=schedule), batch, begins=begins, sinks=sinks, prefix=prefix), sinks
+            )
             assert error <= 1, f"the error is {error:.1f} times that of plain torch"
 
 

@@ -33,6 +33,7 @@ SIN(waits_for_too_few) {
 }
 SIN(copy_without_barrier) { HERE; cp_async16(s + 4 * i, x, true); cp_async_commit(); cp_async_wait<0>(); x[i] = s[4 * (i ^ 1)]; }
 SIN(overwrites_a_copy) { HERE; cp_async16(s + 4 * i, x, true); cp_async_commit(); s[4 * i] = 0.f; cp_async_wait<0>(); }
+SIN(adds_to_a_copy) { HERE; cp_async16(s + 4 * i, x, true); cp_async_commit(); atomic_add(reinterpret_cast<u64*>(s + 4 * i), 1); cp_async_wait<0>(); }
 SIN(ends_in_flight) { HERE; cp_async16(s + 4 * i, x, true); cp_async_commit(); }
 SIN(copies) {                                                                               // nothing wrong
   HERE;
@@ -72,7 +73,7 @@ SIN(strided_load) { HERE; s[i] = x[i * 8]; }
 
 #define EXPORT_ALL(_) _(race) _(race_across_warps) _(write_after_read) _(write_after_own_and_another_read) _(two_writers) \
   _(shuffle_is_no_barrier) _(ordered) _(reused_too_early) _(in_flight) _(waits_for_too_few) _(copy_without_barrier) \
-  _(overwrites_a_copy) _(ends_in_flight) _(copies) _(reads_past_the_end) _(writes_past_the_end) _(index_out_of_range) \
+  _(overwrites_a_copy) _(adds_to_a_copy) _(ends_in_flight) _(copies) _(reads_past_the_end) _(writes_past_the_end) _(index_out_of_range) \
   _(copies_past_the_end) _(past_shared_memory) _(null_pointer) _(misaligned) _(misaligned_16) _(misaligned_copy) \
   _(misaligned_matrix) _(single_byte) _(divergent_barrier) _(divergent_within_a_warp) _(divergent_collective) \
   _(unlike_collectives) _(barrier_after_exit) _(endless) _(endless_reading) _(divides_by_zero) _(overflows_its_stack) \
