@@ -15,6 +15,10 @@ import torch
 
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.stage import Row
+from streamkv.runner.params import RowParams
+from streamkv.runner.sampling_tables import RowSampler
+from streamkv.sampling_params import Sampling
+from streamkv_backends.cuda.ops import CudaOps
 from streamkv_kernels.attn_decode import DecodeAttention
 from streamkv_kernels.attn_prefill import PrefillAttention, SharedPrefix
 from streamkv_kernels.device import Device
@@ -196,12 +200,47 @@ def _most_probable(device: Device, place: torch.device) -> torch.Tensor:
     return SamplingKernels(device).most_probable(_numbers(6, 5000, place=place))[0]
 
 
+def _sampler(device: Device, place: torch.device) -> torch.Tensor:
+    """The runner's sampler over rows of all kinds, twice; on a GPU the second time nothing may wait for it."""
+    sampler = RowSampler(num_rows=len(_ASKED), max_len=20, vocab_size=5000, device=place, ops=CudaOps(device, BF16))
+    rows, logits = np.arange(len(_ASKED)), _numbers(len(_ASKED), 5000, place=place)
+    found = []
+    for again in (False, True):
+        for row, asked in enumerate(_ASKED):
+            sampler.admit(row, RowParams(Sampling(max_tokens=9, seed=row, **asked), 0, [1, 2, 3], 2))
+        if again and place.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens, finite = sampler.sample(rows, np.full(len(_ASKED), 3, np.int64), logits)
+            told = sampler.launch_logprobs(rows, logits, tokens)
+        finally:
+            if place.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        ranks = torch.tensor([one.rank for one in told.read().values()], device=place)
+        found.append(torch.cat([tokens, finite.long(), ranks]))
+    return torch.stack(found)
+
+
+_ASKED: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.0},
+    {"top_k": 9, "logprobs": 0},
+    {"top_p": 0.8, "logprobs": 3},
+    {"min_p": 0.05},
+    {"typical_p": 0.7},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+    {"bad_words": ((4,), (3, 5)), "logit_bias": ((7, 3.0),)},
+    {"allowed_token_ids": (6, 99, 4000)},
+    {"min_tokens": 3, "stop_token_ids": (2, 9)},
+)
+
 _SMALL: dict[str, Callable[[Device, torch.device], torch.Tensor]] = {
     "RMS norm": _rms_norm,
     "SiLU · up": _gate,
     "rotary embedding": _rotate,
     "KV write": _kv_write,
     "most probable token": _most_probable,
+    "the sampler, which does not wait": _sampler,
 }
 
 
