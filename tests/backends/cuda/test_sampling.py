@@ -11,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streamkv import LLM, SamplingParams
+from streamkv.runner.sampling_tables import RowSampler
 from streamkv.runner.transfer import upload
 from streamkv_backends.cuda.ops import CudaOps
+from streamkv_backends.cuda.sampling import CudaSampling
 from streamkv_kernels.emulated import EmulatedDevice
 from tests.runner.no_sync import NoSync, decide_as_on_a_gpu
 from tests.runner.sampling_oracle import Row, on_a_step, positions, random_logits, rows_of, sampling, tables
@@ -211,3 +214,44 @@ def test_a_launch_waits_for_nothing(ops: CudaOps, case: str, monkeypatch: pytest
     assert finite.all()
     assert len(told.read()) == sum("logprobs" in asked for asked in each)
     assert made.needs_history(batch) == (case in (*REMEMBERS, "all"))
+
+
+# -- served -----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_samples_by_kernels_what_it_samples_by_torch(libraries: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request after the other, so that all have the same logits in both ways."""
+    monkeypatch.setenv("STREAMKV_CACHE", str(libraries))
+    sampled: list[int] = []
+    by_kernels = CudaSampling.sample
+
+    def counted(self: CudaSampling, logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        sampled.append(len(logits))
+        return by_kernels(self, logits, *arguments)
+
+    monkeypatch.setattr(CudaSampling, "sample", counted)
+    asked: list[dict[str, Any]] = [
+        {"top_p": 0.95, "temperature": 1.3},
+        {"top_k": 20, "repetition_penalty": 1.2},
+        {"typical_p": 0.9},
+        {"logit_bias": {65: 4.0}, "min_p": 0.01, "logprobs": 0},
+    ]
+
+    def written() -> list[list[int]]:
+        sampled.clear()
+        with LLM(backend="cuda", device="emulated", dtype="float16", num_blocks=32, max_model_len=256, max_num_seqs=2) as llm:
+            each = [SamplingParams(max_tokens=12, seed=seed, **one) for seed, one in enumerate(asked)]
+            return [llm.generate(["Once upon a time"], one, use_tqdm=False)[0].outputs[0].token_ids for one in each]
+
+    ours = written()
+    assert len(sampled) > 20
+    begin = RowSampler.__init__
+
+    def without_kernels(self: RowSampler, **arguments: Any) -> None:
+        begin(self, **arguments)
+        self._sampling = None
+
+    monkeypatch.setattr(RowSampler, "__init__", without_kernels)
+    assert written() == ours
+    assert not sampled
+    assert len({tuple(tokens) for tokens in ours}) == len(asked)
