@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from streamkv import LLM, Engine, SamplingParams
+from streamkv.attention import StepTensors
 from streamkv.client import connect
 from streamkv.engine.config import EngineConfig
 from streamkv.sampling_params import TokenLogprobs
 from streamkv.server.app import Server
 from streamkv.server.config import ServerConfig
+from streamkv_backends.cuda.backend import CudaBackend, CudaMetadata
 
 SETTINGS = {"dtype": "float16", "num_blocks": 96, "max_model_len": 512, "max_num_seqs": 8}
 EMULATED = SETTINGS | {"backend": "cuda", "device": "emulated"}
@@ -66,6 +68,28 @@ def test_every_clear_choice_is_torchs(plain: LLM) -> None:
     clear = [(a, b) for a, b in pairs if b.top[0][1] - b.top[1][1] > 2 * error]
     assert len(clear) > 0.8 * len(pairs) > 80
     assert [a.top[0][0] for a, b in clear] == [b.top[0][0] for a, b in clear]
+
+
+def test_streams_with_one_beginning_say_what_torch_says(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They attend to it together, in steps that are recorded and replayed."""
+    greedy = SamplingParams(max_tokens=TOKENS, min_tokens=TOKENS, temperature=0.0)
+    story = "A fox lived in a wood. It was red, it was quick, and every evening it told the other animals a story. " * 3
+    texts = [story + question for question in [*QUESTIONS, "Why?", "And then?"]]
+    expected = [output.outputs[0].text for output in plain.generate(texts, greedy, use_tqdm=False)]
+    shared = 0
+
+    def prepare(backend: CudaBackend, tensors: StepTensors) -> CudaMetadata:
+        nonlocal shared
+        metadata = prepare_one(backend, tensors)
+        shared += any(work.shared for work in metadata.work.values())
+        return metadata
+
+    prepare_one = CudaBackend.prepare
+    monkeypatch.setattr(CudaBackend, "prepare", prepare)
+    with LLM(**EMULATED) as emulated:
+        found = [output.outputs[0].text for output in emulated.generate(texts, greedy, use_tqdm=False)]
+    assert found == expected
+    assert shared > TOKENS // 2
 
 
 def positions(entries: list[TokenLogprobs | None] | None) -> list[TokenLogprobs]:
