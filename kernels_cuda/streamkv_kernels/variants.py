@@ -1,6 +1,6 @@
 """Which variants of the kernels models need: found by building what launches them on a device that only writes down.
 
-python -m streamkv_kernels.variants sm_90        # compiles them all into the package, for an image without a compiler
+python -m streamkv_kernels.variants sm_90        # compiles them all into the package, for a wheel or an image
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from streamkv.errors import BackendError
 from streamkv_kernels.attention import AttentionSpec, MergeStates
 from streamkv_kernels.attn_decode import DecodeAttention
 from streamkv_kernels.attn_prefill import PrefillAttention
@@ -113,4 +114,7 @@ def _logits(recorder: _Recorder, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    prebuild(dict.fromkeys(kernel.variant for kernel in asked()), sys.argv[1:] or ARCHITECTURES)
+    try:
+        prebuild(dict.fromkeys(kernel.variant for kernel in asked()), sys.argv[1:] or ARCHITECTURES)
+    except BackendError as error:
+        sys.exit(str(error))
