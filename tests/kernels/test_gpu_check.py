@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.stage import LostDeviceError, Results, Row, Stage, run_stages
 from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.stages.whole_model import _rows as program_rows
 from streamkv_kernels.emulated import EmulatedDevice
 
 TIMES = (
@@ -30,6 +32,12 @@ TIMES = (
     "plain µs",
     "cascade µs",
     "host µs",
+    "tok/s",
+    "ITL p50 ms",
+    "ITL p99 ms",
+    "TTFT p50 ms",
+    "TTFT ms",
+    "of reading at one stream",
 )
 
 
@@ -44,7 +52,20 @@ def test_every_stage_runs_without_a_gpu(machine: Machine, stage: Stage) -> None:
     with torch.inference_mode():
         rows = list(stage.run(machine))
     assert rows
+    assert not [row for row in rows if "ended with" in row]
     assert all(row[name] is None for row in rows for name in TIMES if name in row)
+
+
+def test_all_boxes_together_fit_the_time_of_the_command() -> None:
+    assert sum(stage.seconds for stage in STAGES) <= 9 * 60
+
+
+def test_a_program_that_takes_too_long_or_fails_says_so_after_its_rows() -> None:
+    row = "print('{\"engine\": 1}', flush=True); "
+    slow = list(program_rows([sys.executable, "-c", row + "import time; time.sleep(600)"], 2.0))
+    assert slow == [{"engine": 1}, {"ended with": None, "note": "its 2 s are over"}]
+    bad = list(program_rows([sys.executable, "-c", row + "raise ValueError('no')"], 60.0))
+    assert bad == [{"engine": 1}, {"ended with": 1, "note": "ValueError: no"}]
 
 
 def test_the_step_for_tools_runs_without_a_gpu(libraries: Path, monkeypatch: pytest.MonkeyPatch) -> None:
