@@ -2,7 +2,7 @@
 
 What depends only on which rows are in the batch is worked out once and kept until that changes: on the way from logits to tokens
 there is no loop over requests, and a feature that no row uses is not there at all. Torch changes one copy of the logits, in
-float32; a backend that samples itself (`streamkv.fused.SamplingOps`) is asked for all but typical-p and lists of log-probabilities.
+float32; a backend that samples itself (`streamkv.fused.SamplingOps`) does all but typical-p and lists of log-probabilities.
 
     tokens, finite = sampler.sample(rows, positions, logits)     on the device; on a GPU nothing here waits for it
     told = sampler.launch_logprobs(rows, logits, tokens)         neither does this, and the logits may then be overwritten
