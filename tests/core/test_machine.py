@@ -143,5 +143,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.world.scheduler.has_requests
 
 
+class CrowdedMachine(SchedulerMachine):
+    """Few blocks for many, and a host that keeps what they lose."""
+
+    @initialize(
+        num_blocks=st.integers(6, 9),
+        block_size=st.sampled_from([2, 4]),
+        max_num_seqs=st.integers(3, 5),
+        budget=st.sampled_from([4, 9, 32]),
+        caching=st.booleans(),
+        draft_rows=st.sampled_from([0, 32]),
+        num_host_slots=st.sampled_from([3, 40]),
+        swap_block_tokens=st.sampled_from([0.0, 1.0]),
+    )
+    def start(self, **options: object) -> None:
+        super().start(**options)
+
+
 SchedulerMachine.TestCase.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
+CrowdedMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestCrowdedMachine = CrowdedMachine.TestCase
