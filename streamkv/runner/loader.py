@@ -106,7 +106,10 @@ def load_model(
     torch_dtype = _resolve_dtype(config, dtype, folder)
     target = torch.device(device)
     weights = MappedWeights(folder.tensors)
-    module = _dummy(config, torch_dtype, seed) if load_format == "dummy" else _from_weights(folder, weights, config, torch_dtype)
+    if load_format == "dummy":
+        module = _dummy(config, torch_dtype, seed, target)
+    else:
+        module = _from_weights(folder, weights, config, torch_dtype)
     module = module.to(target).eval().requires_grad_(False)
     pin_rope(module, config, max_model_len)
     layers = probe_layers(module, config, target)
@@ -249,9 +252,9 @@ def _rewrite(module: nn.Module, weights: MappedWeights, ops: FusedOps | None, qu
     return rewrite(module, ops, pack)
 
 
-def _dummy(config: PretrainedConfig, dtype: torch.dtype, seed: int) -> Any:
-    """Random weights of the right shapes; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+def _dummy(config: PretrainedConfig, dtype: torch.dtype, seed: int, device: torch.device) -> Any:
+    """Random weights of the right shapes, drawn where they will be; the global generators are left as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attention_implementation(config), trust_remote_code=False
