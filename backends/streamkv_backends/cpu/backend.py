@@ -25,8 +25,11 @@ __all__ = ["CpuBackend", "CpuKVPool", "CpuMetadata"]
 
 _HEAD_DIMS: Final = frozenset({*range(16, 257, 16), 512})
 _BLOCK_SIZES: Final = frozenset({16, 32, 64, 128})
-_MOST_RECORDED: Final = 64
-"""Tokens of a step."""
+_AS_IT_IS: Final = 64
+_MOST_RECORDED: Final = 256
+"""Tokens of a step. Every number of them up to the first has a recording of its own; up to the second decode steps are padded to
+a multiple of `_PAD`, which costs a product next to nothing and keeps large recordings few."""
+_PAD: Final = 32  # rows of two matrix tiles
 _INT32_MAX: Final = 2**31 - 1
 ITEM_KINDS: Final = ("whole", "prefix", "suffix", "part", "merge")
 
@@ -65,6 +68,7 @@ class CpuMetadata:
 
     def __init__(self, native: Any, tensors: StepTensors, block_size: int) -> None:
         self.num_tokens = len(tensors.slots)
+        self.decodes = len(tensors.seq_lens) == self.num_tokens
         tables = tensors.block_tables
         self._keep = StepTensors(
             tensors.query_start.contiguous(), tensors.seq_lens.contiguous(), tables.contiguous(), tensors.slots.contiguous()
@@ -175,13 +179,14 @@ class CpuBackend:
         return ()
 
     def recorded_size(self, num_tokens: int) -> int | None:
-        """Small steps as they are: beyond, Python is a small part of a step."""
-        pool = self._pool
-        return num_tokens if num_tokens <= _MOST_RECORDED and pool is not None and pool.spec.dtype is self.ops.dtype else None
+        """Small steps as they are, larger ones padded; beyond, Python is a small part of a step."""
+        if num_tokens > _MOST_RECORDED or self._pool is None or self._pool.spec.dtype is not self.ops.dtype:
+            return None
+        return num_tokens if num_tokens <= _AS_IT_IS else -(-num_tokens // _PAD) * _PAD
 
-    def recording_key(self, _metadata: CpuMetadata) -> int:
-        """Addresses in a recording are those of the pool of its time."""
-        return self.ops.pool
+    def recording_key(self, metadata: CpuMetadata) -> int | None:
+        """Addresses in a recording are those of the pool of its time. Of large steps only decodes come again and again."""
+        return self.ops.pool if metadata.num_tokens <= _AS_IT_IS or metadata.decodes else None
 
     def record(
         self, function: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]

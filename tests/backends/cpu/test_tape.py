@@ -336,6 +336,21 @@ def test_a_recording_ends_with_the_pool_that_it_was_made_over() -> None:
     assert not pool.layers[0].any()
 
 
+def test_large_steps_are_padded_and_recorded_if_all_decode() -> None:
+    sizes = (1, 33, 64, 65, 96, 97, 256, 257)
+    assert [BACKEND.recorded_size(size) for size in sizes] == [1, 33, 64, 96, 96, 128, 256, None]
+
+    def step(num_seqs: int, each: int) -> Any:
+        ends = torch.arange(num_seqs + 1, dtype=torch.int32) * each
+        lengths, table = torch.full((num_seqs,), each, dtype=torch.int32), torch.zeros((num_seqs, 8), dtype=torch.int32)
+        return BACKEND.prepare(StepTensors(ends, lengths, table, torch.arange(num_seqs * each)))
+
+    for num_seqs, each in ((96, 1), (64, 1), (1, 64), (16, 4)):
+        assert BACKEND.recording_key(step(num_seqs, each)) is not None
+    for num_seqs, each in ((1, 96), (48, 2)):
+        assert BACKEND.recording_key(step(num_seqs, each)) is None
+
+
 class Listening:
     """The library, with an ear on how many threads recorded steps are run by."""
 

@@ -282,6 +282,7 @@ void amx_begin() {
 struct Tiles {
   const bf16* x;
   int steps;  // of a row
+  static constexpr int FEW_PAIRS = 4;
   static int fetches(int rows) { return rows <= TILE ? 4 : 2 * ((rows + TILE - 1) / (2 * TILE)); }  // a step
   static int64_t size(int rows, int k) { return round_up(rows, TILE) * round_up(k, STEP); }
 
@@ -310,8 +311,17 @@ struct Tiles {
     if (!pairs) return one_by_four(a, chunk, n, sums, 0, rows, !k0, stream, to);
     two_by_two(a, next, chunk, 0, n, sums, 0, rows, !k0, stream, to);
     const Ready ready = {chunk.at(n - 1) - (n - 1) * STEP * PANEL};
-    for (int half = 0; half < 2; half++)
-      for (int p = !half; p < pairs; p++) two_by_two(a + 2 * p * next, next, ready, half, n, sums, p * 2 * TILE, rows, !k0, stream, to);
+    const auto other = [&](int p, int half) {
+      two_by_two(a + 2 * p * next, next, ready, half, n, sums, p * 2 * TILE, rows, !k0, stream, to);
+    };
+    if (pairs <= FEW_PAIRS) {  // memory's lines and those of the second-level cache wait for each other: rows are loaded once for both halves
+      other(0, 1);
+      for (int p = 1; p < pairs; p++)
+        for (int half = 0; half < 2; half++) other(p, half);
+    } else {
+      for (int half = 0; half < 2; half++)
+        for (int p = !half; p < pairs; p++) other(p, half);
+    }
     if (last < rows) one_by_four(a + 2 * pairs * next, ready, n, sums, last, rows, !k0, stream, to);
   }
 
@@ -343,12 +353,14 @@ struct Tiles {
     if (to.now) {
       asm volatile("" ::: "memory");
       for (int i = 0; i < 4; i++)
-        to.write(c + i * SIZE, TILE, row + i / 2 * TILE, std::min(rows - row - i / 2 * TILE, TILE), half * (PANEL / 2) + i % 2 * TILE, TILE);
+        to.write(c + i * SIZE, TILE, row + i / 2 * TILE, std::min(rows - row - i / 2 * TILE, TILE), half * (PANEL / 2) + i % 2 * TILE,
+                 TILE);
     }
   }
 
   template <class Chunk>
-  static void one_by_four(const bf16* a, const Chunk& chunk, int n, float* sums, int row, int rows, bool first, Stream& stream, const To& to) {
+  static void one_by_four(const bf16* a, const Chunk& chunk, int n, float* sums, int row, int rows, bool first, Stream& stream,
+                          const To& to) {
     constexpr int SIZE = TILE * TILE;
     float *c = sums_of(sums, 0, row), *d = sums_of(sums, 1, row);
     if (first) {
