@@ -8,6 +8,8 @@ import codecs
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from streamkv.client import Client, RemoteError, connect
@@ -43,35 +45,61 @@ async def _chat(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             sampling[name] = getattr(arguments, name)
     async with connect(arguments.url, api_key=os.environ.get("STREAMKV_API_KEY") or None) as client:
+        interrupts = _Interrupts()
         if arguments.once is not None:
             history.append({"role": "user", "content": arguments.once})
-            return 0 if await _answer(client, history, sampling) else 1
+            return 0 if await _answer(client, history, sampling, interrupts) else 1
         assert client.welcome is not None
         print(f"{client.welcome.models[0]} at {arguments.url}. Ctrl-C ends an answer, Ctrl-D the chat.")
-        keyboard = _Keyboard()
+        keyboard = _Keyboard(interrupts)
         while (line := await keyboard.line("> ")) is not None:
             if not line.strip():
                 continue
             history.append({"role": "user", "content": line})
-            if not await _answer(client, history, sampling):
+            if not await _answer(client, history, sampling, interrupts):
                 history.pop()
     return 0
 
 
-async def _answer(client: Client, history: list[dict[str, str]], sampling: dict[str, Any]) -> bool:
+class _Interrupts:
+    """Ctrl-C from now on: whoever listens is told; when nobody does, between a prompt and an answer, the next one who will."""
+
+    def __init__(self) -> None:
+        self._listener: Callable[[], object] | None = None
+        self._pressed = False
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._press)
+
+    def _press(self) -> None:
+        if self._listener is None:
+            self._pressed = True
+        else:
+            self._listener()
+
+    @contextmanager
+    def heard_by(self, listener: Callable[[], object]) -> Iterator[None]:
+        """Have it called at every Ctrl-C within the block, and at once for one that came just before."""
+        self._listener = listener
+        if self._pressed:
+            self._pressed = False
+            listener()
+        try:
+            yield
+        finally:
+            self._listener = None
+
+
+async def _answer(client: Client, history: list[dict[str, str]], sampling: dict[str, Any], interrupts: _Interrupts) -> bool:
     """Print one answer as it comes and add it to the history; False if the server refused."""
     loop = asyncio.get_running_loop()
     stream = client.chat(history, **sampling)
     cancels: list[asyncio.Task[None]] = []
-    loop.add_signal_handler(signal.SIGINT, lambda: cancels.append(loop.create_task(stream.cancel())))
-    try:
-        async for delta in stream:
-            print(delta.x, end="", flush=True)
-    except RemoteError as error:
-        print(f"[{error.remote_code}] {error.message}", file=sys.stderr)
-        return False
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
+    with interrupts.heard_by(lambda: cancels.append(loop.create_task(stream.cancel()))):
+        try:
+            async for delta in stream:
+                print(delta.x, end="", flush=True)
+        except RemoteError as error:
+            print(f"[{error.remote_code}] {error.message}", file=sys.stderr)
+            return False
     assert stream.done is not None
     ending = {"cancelled": " [stopped]", "length": " [cut at the length limit]"}.get(stream.done.finish_reason, "")
     print(ending)
@@ -85,7 +113,8 @@ class _Keyboard:
     Not `sys.stdin.readline`: it may take several lines from the system at once, and of those that it keeps nobody tells the loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interrupts: _Interrupts) -> None:
+        self._interrupts = interrupts
         self._file = sys.stdin.fileno()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._text = ""
@@ -120,9 +149,8 @@ class _Keyboard:
             loop.add_reader(self._file, settle, True)
         except PermissionError:
             return True  # an ordinary file, which is always readable
-        loop.add_signal_handler(signal.SIGINT, settle, False)
         try:
-            return await result
+            with self._interrupts.heard_by(lambda: settle(False)):
+                return await result
         finally:
             loop.remove_reader(self._file)
-            loop.remove_signal_handler(signal.SIGINT)

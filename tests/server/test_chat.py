@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
+from streamkv.cli.chat import _Interrupts
 from tests.server.serving import Serving, eventually, serving
 from tests.server.terminal import CTRL_C, CTRL_D, terminal
 
@@ -72,6 +75,20 @@ async def test_ctrl_c_ends_the_answer_and_not_the_program():
         assert "<|user|>again<|end|>" in prompts(served)[1]
         chat.type(CTRL_C)
         assert await chat.exit_status() == 0
+
+
+async def test_ctrl_c_between_an_answer_and_the_prompt_is_told_to_who_listens_next():
+    """It ended the program with a traceback, when nobody listened."""
+    interrupts, told = _Interrupts(), []
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        await eventually(lambda: interrupts._pressed)
+        for name in ("prompt", "answer"):
+            with interrupts.heard_by(lambda name=name: told.append(name)):
+                pass
+        assert told == ["prompt"]
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
 
 async def test_a_refused_message_is_explained_and_forgotten():
