@@ -36,7 +36,7 @@ namespace {
 constexpr int PANEL = 64, V = PANEL / W;
 constexpr int STEP = 32;         // inputs of one AMX tile, and of one int4 group
 constexpr int TILE = 16;         // rows and columns of one AMX tile
-constexpr int ROWS = 512;        // most rows of a block
+constexpr int ROWS = 256;        // most rows of a block
 constexpr int64_t CACHE = 1 << 20;  // bytes of a block's x: half of a second-level cache
 // Inputs between two visits to the sums in memory. Half a panel of them, as many of two tiles of rows, and the sums fit into a
 // first-level cache; a single pair of tiles has nothing to share there.
@@ -435,15 +435,15 @@ struct Few {
 
 // ---- who computes what --------------------------------------------------------------------------------------------
 
-// Blocks of rows that stay in a second-level cache, times panels. A thread has some panels for all rows, which reads each weight
-// once; only where panels are few, some of all pairs.
+// Blocks of rows that stay in a second-level cache, times panels. With a block for each thread, it has rows of its own, which it
+// mostly wrote itself; else some panels for all rows, which reads each weight once; where panels are few, some of all pairs.
 template <class Rows>
 void share(const Weight& w, const Rows& x, void* y, int64_t y_stride, int m, int flags) {
   const int64_t step = step_bytes(w.format), steps = round_up(w.k, STEP) / STEP;
   const int panels = (w.n + PANEL - 1) / PANEL, threads = omp_get_num_threads(), thread = omp_get_thread_num();
   const int most = (int)std::clamp<int64_t>(CACHE / (2 * STEP * steps) / 32 * 32, 32, ROWS);
   const int blocks = (m + most - 1) / most, block = (int)round_up((m + blocks - 1) / blocks, 32);
-  const bool by_panels = panels >= 4 * threads;
+  const bool by_panels = blocks < threads && panels >= 4 * threads;
   const int width = by_panels ? panels * (thread + 1) / threads - panels * thread / threads : panels;
   const int offset = by_panels ? panels * thread / threads : 0;
   const int64_t tasks = (int64_t)blocks * width;
