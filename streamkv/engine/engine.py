@@ -367,6 +367,7 @@ class InProcessEngine:
             DeviceLostError: nothing can be computed in this process any more.
         """
         self._thread.flush()
+        self._flight.popleft()  # asked twice, it would forget where it failed
         for _, future in self._flight:
             with contextlib.suppress(Exception):
                 await future  # successors come back skipped

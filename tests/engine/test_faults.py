@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import random
+import traceback
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streamkv.core.request import StopRule
 from streamkv.core.step import Step
+from streamkv.engine.api import EngineRequest
 from streamkv.engine.build import build_engine
 from streamkv.engine.squeeze import Squeeze
 from streamkv.errors import DrainingError
 from streamkv.runner.faults import DeviceLostError, is_out_of_memory, let_go
+from streamkv.sampling_params import Sampling
 from tests.core.model import reference
 from tests.engine.driving import Collected, Reader, run_all
 from tests.engine.integers import NUM_BLOCKS, ask, integer_engine
@@ -251,10 +256,35 @@ async def test_what_a_failed_step_was_working_on_is_gone_before_the_next_one() -
     assert alive == [False]
 
 
+async def test_the_log_says_where_a_step_failed() -> None:
+    places: list[str] = []
+
+    def note(_logger: object, _name: str, event: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(event.get("exc_info"), Exception):
+            places.extend(frame.name for frame in traceback.extract_tb(event["exc_info"].__traceback__))
+        raise structlog.DropEvent
+
+    def fault(step: Step, _names: list[str]) -> frozenset[str]:
+        if step.id == 2:
+            raise ValueError("once")
+        return frozenset()
+
+    before = structlog.get_config()["processors"]
+    structlog.configure(processors=[note])
+    try:
+        async with integer_engine() as (engine, runner):
+            runner.fault = fault
+            await run_all(engine, [ask("a", [1, 2, 3])])
+    finally:
+        structlog.configure(processors=before)
+    assert "fault" in places
+
+
 # -- out of memory anywhere in the real runner --------------------------------------------------------------------------
 
 
 POINTS = 80  # each way
+SAMPLING = Sampling(max_tokens=9, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +315,28 @@ async def test_memory_that_runs_out_anywhere_costs_nobody_his_output(
             assert stats.blocks_free + stats.blocks_cached == BLOCKS
             points += mode.points
             wave += 1
+
+
+async def test_what_a_step_takes_over_is_done_once_memory_is_there(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every copy of a block fails before it is made. It is not planned again: later steps read what it should have written."""
+    prompt, copied = [7, 8, 9] * 7, []  # it ends in the middle of a block, which samples share until they write
+    samples = [EngineRequest((f"a{number}/0", f"a{number}/1"), [number, *prompt], SAMPLING) for number in range(4)]
+    async with build_engine(small_engine(model)) as engine:
+        expected = await run_all(engine, samples)
+        pool = engine._runner.pool  # type: ignore[attr-defined]  # the real one
+        copy = pool.copy
+
+        def copies_at_the_second_try(pairs: list[tuple[int, int]]) -> None:
+            copied.append(pairs)
+            if copied.count(pairs) % 2:
+                raise MemoryError
+            copy(pairs)
+
+        monkeypatch.setattr(pool, "copy", copies_at_the_second_try)
+        renamed = [EngineRequest((f"b{number}/0", f"b{number}/1"), [number, *prompt], SAMPLING) for number in range(4)]
+        found = await run_all(engine, renamed)
+    assert copied, "nothing was copied"
+    assert {name[1:]: one.tokens for name, one in found.items()} == {name[1:]: one.tokens for name, one in expected.items()}
 
 
 # -- a lost device ------------------------------------------------------------------------------------------------------
