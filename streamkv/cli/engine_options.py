@@ -40,8 +40,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory-fraction",
         type=float,
-        default=defaults.memory_fraction,
-        help="share of the free memory for the KV pool, if neither size is given (%(default)s)",
+        help="share of the free memory for the KV pool, if neither size is given (default: 0.9 on a GPU, else 0.5)",
     )
     group.add_argument(
         "--swap-memory",

@@ -29,7 +29,7 @@ class EngineConfig:
         block_size: tokens per KV block.
         num_blocks: size of the pool; None = from `kv_cache_memory`.
         kv_cache_memory: bytes for the pool; None = from `memory_fraction`.
-        memory_fraction: share of the memory that is free after a worst-case step.
+        memory_fraction: share of the memory that is free after a worst-case step; None = 0.9 on a GPU, else 0.5.
         swap_memory: bytes on the host for the blocks of preempted requests; 0 = what they held is computed again; None = none
             beside a pool on the CPU, beside one on a GPU as much as the pool, at most 4 GiB and a quarter of what is free.
         swap_block_tokens: prompt tokens that are computed in the time in which a block is moved to the host and back: what was
@@ -59,7 +59,7 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int | None = None
     kv_cache_memory: int | None = None
-    memory_fraction: float = 0.5
+    memory_fraction: float | None = None
     swap_memory: int | None = None
     swap_block_tokens: float | None = None
     max_model_len: int | None = None
@@ -93,7 +93,7 @@ class EngineConfig:
             raise ConfigError("swap_memory must be at least 0", param="swap_memory")
         if self.swap_block_tokens is not None and not self.swap_block_tokens >= 0:
             raise ConfigError("swap_block_tokens must be at least 0", param="swap_block_tokens")
-        if not 0.0 < self.memory_fraction <= 0.95:
+        if self.memory_fraction is not None and not 0.0 < self.memory_fraction <= 0.95:
             raise ConfigError("memory_fraction must be more than 0 and at most 0.95", param="memory_fraction")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError("max_num_batched_tokens must be at least max_num_seqs", param="max_num_batched_tokens")

@@ -21,6 +21,9 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 _LIMITS: Final = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
 """Folder and files of the two versions of control groups; without a limit the first says `max`, the second a huge number."""
 _PROCESS: Final = Path("/proc/self")
+_FRACTIONS: Final = {"cuda": 0.9}
+_FRACTION: Final = 0.5
+"""Shares of the free memory that a pool gets if nobody says: a GPU's is there for it, a computer's for other programs too."""
 _PER_RECORDING: Final = 32 << 20
 """Bytes for each size of steps that is recorded: what the driver keeps for a CUDA graph, and its part of the memory that all of
 them share. A guess on the safe side until it has been measured on a GPU; only recordings made ahead count."""
@@ -35,7 +38,7 @@ def num_blocks_for(
     block_size: int,
     num_blocks: int | None,
     kv_cache_memory: int | None,
-    memory_fraction: float,
+    memory_fraction: float | None,
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_model_len: int,
@@ -63,8 +66,9 @@ def num_blocks_for(
     free = free_memory(model.device) - model.mapped_bytes
     reserve = _PER_RECORDING * len(backend.recorded_ahead) if isinstance(backend, Recorder) else 0
     # More than all rows at full length would serve as prefix cache only; who wants that says how much.
+    fraction = _FRACTIONS.get(model.device.type, _FRACTION) if memory_fraction is None else memory_fraction
     count = min(
-        pool_blocks(free=free, peak=peak, reserve=reserve, fraction=memory_fraction, bytes_per_block=bytes_per_block),
+        pool_blocks(free=free, peak=peak, reserve=reserve, fraction=fraction, bytes_per_block=bytes_per_block),
         max_num_seqs * longest,
     )
     if count < longest:

@@ -121,10 +121,14 @@ def test_the_worst_step_samples_for_every_row(model: LoadedModel, monkeypatch: p
     assert backend._pool.spec.num_blocks == 1
 
 
-@pytest.mark.parametrize(("fraction", "expected"), [(0.5, 50), (0.9, 90), (0.95, 95)])
+@pytest.mark.parametrize(
+    ("fraction", "device", "expected"),
+    [(0.6, "cpu", 60), (0.6, "cuda", 60), (0.95, "cpu", 95), (None, "cpu", 50), (None, "cuda", 90)],
+)
 def test_a_share_of_what_a_step_leaves_free(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, fraction: float, expected: int
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, fraction: float | None, device: str, expected: int
 ) -> None:
+    model = replace(model, device=torch.device(device))
     monkeypatch.setattr(memory, "measure_step", lambda *_, **__: 10 * BLOCK_BYTES)
     monkeypatch.setattr(memory, "free_memory", lambda _: 110 * BLOCK_BYTES)
     assert blocks(model, memory_fraction=fraction) == expected
