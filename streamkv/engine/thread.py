@@ -69,6 +69,7 @@ class RunnerThread:
         self._started = 0  # written by the runner's thread only
         self._delivers = False
         self._held: Callable[[], None] | None = None
+        self._told: Callable[[], None] | None = None
         self.busy_since: float | None = None
         """When the function that runs now was started, on the monotonic clock; None = none does. For any thread to read."""
 
@@ -129,8 +130,10 @@ class RunnerThread:
 
     def _let_go(self) -> None:
         if self._held is not None:
-            held, self._held = self._held, None
-            held()
+            # The one before is forgotten now: to free tensors lets go of the interpreter, and the loop, which has just been told,
+            # would work before the next pass begins and not beside it.
+            self._told, self._held = self._held, None
+            self._told()
 
     def close(self) -> None:
         """Wait for the function that runs, drop those that wait."""

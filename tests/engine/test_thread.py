@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -118,6 +119,28 @@ async def test_a_result_held_for_a_function_that_is_cancelled_or_dropped_still_c
         assert await results[2] == "third"
         await asyncio.wait([dropped])
     assert dropped.cancelled()
+
+
+async def test_what_a_result_was_made_of_is_freed_with_the_next_one_and_not_between_telling_and_computing():
+    """Freeing tensors let the loop have the interpreter, and its work stood before the pass instead of beside it."""
+
+    class Pending:
+        def ready(self) -> bool:
+            return False
+
+        def collect(self) -> str:
+            return "done"
+
+    async with closing() as thread:
+        pending = Pending()
+        alive = weakref.ref(pending)
+        told = thread.launch(lambda pending: pending, pending)
+        del pending
+        seen = thread.submit(lambda: (thread.deliver(), alive() is not None)[1])
+        assert await told == "done"
+        assert await seen
+        await thread.submit(lambda: None)
+        assert alive() is None
 
 
 @pytest.mark.parametrize("own", [10, 5000])
